@@ -1,0 +1,30 @@
+# make quickstart: from nothing to a leaderboard.  make test: lint, format and all tests.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# The quick models are too small to gain from more threads than these two.
+LRA := $(BIN)/lra
+QUICK := task=listops protocol=quick runs_dir=runs/quickstart
+
+.PHONY: quickstart test install clean
+
+quickstart: install
+	$(LRA) data $(QUICK)
+	$(LRA) train -m $(QUICK) attention=softmax,cosformer
+	$(LRA) train -m $(QUICK) attention=linear attention.feature=relu
+	$(LRA) report --runs runs/quickstart --out results/quickstart
+
+test: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs/quickstart
