@@ -1,0 +1,223 @@
+"""The attention contract: what every mechanism takes, returns and declares.
+
+Shapes: B batch, H heads, N queries, S keys, D query and key dimension, E value dimension.
+"""
+
+import abc
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+Pattern = Literal["self", "causal", "cross"]
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a mechanism can do; static data that drives early errors, listings and tests.
+
+    Attributes:
+        paper: The paper the mechanism is from.
+        patterns: The attention patterns it defines.
+        growth: Growth of time and extra memory in the sequence length N.
+        key_mask: Whether masked keys are excluded exactly or approximately.
+        dropout: Where attention dropout applies.
+        needs_max_len: It owns tensors or a horizon of size ``max_len``.
+        needs_hidden: It reads the layer's input as well as q, k and v.
+        shared_query_key: Queries serve as keys, so the layer makes no key projection.
+        stochastic: It draws random features, anew at each ``resample``.
+        recurrent: It can be evaluated token by token with ``init_state`` and ``step``.
+    """
+
+    paper: str
+    patterns: frozenset[Pattern] = frozenset({"self"})
+    growth: Literal["N", "N log N", "N^1.5", "N^2"] = "N"
+    key_mask: Literal["exact", "approximate"] = "exact"
+    dropout: Literal["weights", "none"] = "none"
+    needs_max_len: bool = False
+    needs_hidden: bool = False
+    shared_query_key: bool = False
+    stochastic: bool = False
+    recurrent: bool = False
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Declared cost of one forward pass for one sequence and all heads.
+
+    Attributes:
+        flops: Floating point operations, a multiply-add counted as two.
+        activation_bytes: Bytes of float32 intermediates beyond q, k, v and the output.
+        parameters: Parameters owned by the mechanism itself.
+        state_floats: Size of the recurrent state; 0 where there is none.
+    """
+
+    flops: int
+    activation_bytes: int
+    parameters: int
+    state_floats: int
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """The options of a mechanism that has none."""
+
+
+class Attention(nn.Module, abc.ABC):
+    """Base class of every mechanism.
+
+    A mechanism sets ``capabilities``, declares its options as a frozen dataclass ``Config``, and
+    defines ``attend`` (the fast form) and ``weights`` (the quadratic form, its oracle).
+
+    Args:
+        config: The mechanism's options.
+        num_heads: Number of heads H.
+        head_dim: Dimension D of queries and keys of a head.
+        max_len: The longest sequence the model takes.
+        model_dim: Dimension of the layer's input.
+        dropout: Attention dropout probability; used as ``capabilities.dropout`` says.
+    """
+
+    Config: ClassVar[type] = NoOptions
+    capabilities: ClassVar[Capabilities]
+
+    def __init__(
+        self,
+        config: Any,
+        *,
+        num_heads: int,
+        head_dim: int,
+        max_len: int,
+        model_dim: int,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.num_heads = num_heads
+        self.head_dim = head_dim
+        self.max_len = max_len
+        self.model_dim = model_dim
+        self.dropout = dropout
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_mask: Tensor | None = None,
+        causal: bool = False,
+        hidden: Tensor | None = None,
+    ) -> Tensor:
+        """Computes attention.
+
+        Args:
+            q: Queries (B, H, N, D).
+            k: Keys (B, H, S, D).
+            v: Values (B, H, S, E).
+            key_mask: Bool (B, S), True for a real token; holes are allowed. None: all real.
+            causal: Query i sees keys j <= i only.
+            hidden: The layer's input (B, N, model_dim), for mechanisms that need it.
+
+        Returns:
+            (B, H, N, E). A query with no admissible key gives exactly 0. Rows of padded queries
+            are finite and otherwise unspecified.
+
+        Raises:
+            ValueError: For a pattern, mask or shape that the mechanism cannot honour.
+        """
+        self._check(q, k, key_mask, causal, hidden)
+        return self.attend(q, k, v, key_mask, causal, hidden)
+
+    @abc.abstractmethod
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_mask: Tensor | None,
+        causal: bool,
+        hidden: Tensor | None,
+    ) -> Tensor:
+        """Computes ``forward`` on checked arguments."""
+
+    @abc.abstractmethod
+    def weights(
+        self,
+        q: Tensor,
+        k: Tensor,
+        key_mask: Tensor | None = None,
+        causal: bool = False,
+        hidden: Tensor | None = None,
+    ) -> Tensor:
+        """Returns the attention matrix (B, H, N, S) with ``forward == weights @ v``.
+
+        The oracle: written for clarity, quadratic in memory, same random draws, no dropout.
+        """
+
+    @abc.abstractmethod
+    def cost(self, n: int, s: int) -> Cost:
+        """Returns the declared cost for ``n`` queries and ``s`` keys, with E = D."""
+
+    def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> Any:
+        """Returns the state before the first token, for ``step``.
+
+        Raises:
+            ValueError: If the mechanism has no recurrent form.
+        """
+        raise ValueError(f"{self.name} has no recurrent form.")
+
+    def step(
+        self, q: Tensor, k: Tensor, v: Tensor, state: Any, hidden: Tensor | None = None
+    ) -> tuple[Tensor, Any]:
+        """Takes one token (B, H, 1, D) and returns its output and the next state.
+
+        Raises:
+            ValueError: If the mechanism has no recurrent form.
+        """
+        raise ValueError(f"{self.name} has no recurrent form.")
+
+    def resample(self, generator: torch.Generator) -> None:
+        """Draws new random features; nothing to do unless the mechanism is stochastic."""
+
+    @property
+    def name(self) -> str:
+        """The mechanism's name for messages."""
+        return type(self).__name__
+
+    def _check(
+        self, q: Tensor, k: Tensor, key_mask: Tensor | None, causal: bool, hidden: Tensor | None
+    ) -> None:
+        patterns = self.capabilities.patterns
+        n, s = q.shape[-2], k.shape[-2]
+        if causal and "causal" not in patterns:
+            raise ValueError(f"{self.name} has no causal form; it has {', '.join(patterns)}.")
+        if causal and n != s:
+            raise ValueError(f"Causal attention needs as many queries as keys, not {n} and {s}.")
+        if n != s and "cross" not in patterns:
+            raise ValueError(f"{self.name} has no cross form: {n} queries, {s} keys.")
+        if key_mask is not None and (
+            key_mask.dtype != torch.bool or key_mask.shape != (k.shape[0], s)
+        ):
+            raise ValueError(
+                f"key_mask must be bool of shape {(k.shape[0], s)}, True for real tokens, not "
+                f"{key_mask.dtype} of shape {tuple(key_mask.shape)}."
+            )
+        if hidden is None and self.capabilities.needs_hidden:
+            raise ValueError(f"{self.name} needs the layer's input: pass hidden=.")
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Returns ``x`` in float32 if it is of lower precision, else as it is."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def own_lengths(key_mask: Tensor | None, keys: Tensor) -> Tensor:
+    """Returns each sequence's own length: the index of its last real token + 1, shape (B,).
+
+    Holes before the last real token count, as positions are those of the unpadded input.
+    """
+    batch, positions = keys.shape[0], keys.shape[-2]
+    if key_mask is None:
+        return torch.full((batch,), positions, device=keys.device)
+    return (key_mask * torch.arange(1, positions + 1, device=keys.device)).amax(-1)
