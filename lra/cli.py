@@ -1,0 +1,133 @@
+"""The command line: picks the sub-command and imports the rest late, so that help is instant."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+LOG = logging.getLogger("lra")
+
+EPILOG = """\
+examples:
+  lra train task=listops attention=cosformer protocol=nystrom seed=0
+  lra train -m task=listops attention=softmax,cosformer seed=0,1,2
+  lra eval runs/quick/listops/softmax/s0-1a2b3c4d
+  lra report
+  lra data task=listops protocol=quick
+  lra ls
+"""
+
+TRAIN_HELP = """\
+usage: lra train [-m] [KEY=VALUE ...]
+
+Train one run, or with -m every combination of comma-separated values, each in its own process.
+A finished run is kept, a cut one goes on from its checkpoint; both by the same command.
+
+  task=NAME attention=NAME protocol=NAME   what is trained, and how (lra ls)
+  attention.OPTION=VALUE                   an option of the attention
+  seed=0                                   initial weights, order of examples, dropout
+  device=auto precision=auto               auto, cpu, cuda; auto, fp32, bf16
+  tracker=wandb wandb.mode=offline         W&B is offline unless wandb.mode=online
+  reuse=never                              start over instead of keeping or resuming
+  model.KEY=VALUE train.KEY=VALUE          depart from the protocol; the run is marked as modified
+
+conf/config.yaml has every key and its meaning.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs `lra` and exits: 0 for success, 1 for a failed run, 2 for a mistake in the call."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    handler = _Console(logging.INFO)
+    LOG.addHandler(handler)
+    LOG.setLevel(logging.DEBUG)
+    LOG.propagate = False
+    try:
+        code = _train(arguments[1:]) if arguments[:1] == ["train"] else _other(arguments)
+    except ValueError as error:
+        print(f"lra: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:
+        # The reader of our output has gone (`lra ls | head`); nothing is left to say.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    finally:
+        LOG.removeHandler(handler)
+    sys.exit(code)
+
+
+class _Console(logging.Handler):
+    """Prints messages above the progress bars."""
+
+    def emit(self, entry: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(self.format(entry), file=sys.stdout)
+
+
+def _train(arguments: list[str]) -> int:
+    flags = [a for a in arguments if a.startswith("-")]
+    overrides = [a for a in arguments if not a.startswith("-")]
+    if {"-h", "--help"} & set(flags):
+        print(TRAIN_HELP, end="")
+        return 0
+    if unknown := set(flags) - {"-m", "--multirun"}:
+        raise ValueError(
+            f"lra train has no option {' '.join(sorted(unknown))}: it takes -m and key=value."
+        )
+    if flags:
+        from lra.sweep import sweep
+
+        return sweep(overrides)
+    from lra.config import load
+    from lra.run import run
+
+    record = run(load(overrides))
+    return {"ok": 0, "interrupted": 130}.get(record.status, 1)
+
+
+def _other(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="lra",
+        description="Train attention mechanisms on the Long Range Arena and compare them.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("train", help="train one run, or a sweep with -m", add_help=False)
+    command = commands.add_parser("eval", help="score a run's checkpoint on the test set again")
+    command.add_argument("folder", type=Path, metavar="RUN_FOLDER")
+    command = commands.add_parser("report", help="write the tables of all runs to results/")
+    command.add_argument("--runs", type=Path, default=Path("runs"), help="folder of runs")
+    command.add_argument("--out", type=Path, default=Path("results"), help="folder to write to")
+    command = commands.add_parser("data", help="say what data is there, or prepare a task's")
+    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="task=NAME prepares it")
+    command = commands.add_parser("ls", help="list tasks, attentions and protocols")
+    given = parser.parse_args(arguments)
+    if given.command == "eval":
+        return _evaluate(given.folder)
+    if given.command == "report":
+        from lra.report import write
+
+        return write(given.runs, given.out)
+    if given.command == "data":
+        from lra.listing import data
+
+        return data(given.overrides)
+    from lra.listing import listing
+
+    print(listing())
+    return 0
+
+
+def _evaluate(folder: Path) -> int:
+    from lra.run import describe, evaluate_again
+
+    record, score = evaluate_again(folder)
+    print(f"recorded: {describe(record)}")
+    print(f"now:      test {score.accuracy:.2%} of {score.n:,}, loss {score.loss:.6f}")
+    return 0

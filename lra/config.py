@@ -1,0 +1,410 @@
+"""Configuration: the typed schema of conf/, its checks, and the identity of a run.
+
+Hydra composes conf/ and the command line's overrides; `load` checks every override against what
+exists before it composes, so that all problems are reported at once and by name.
+"""
+
+import importlib
+import itertools
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from lra.files import short_hash
+from lra.tasks import TASKS, build_task
+from lra.typed import from_mapping, unknown
+from models.attention import ATTENTIONS, default_options
+
+if TYPE_CHECKING:
+    from lra.tasks.base import Task
+
+GROUPS = ("task", "attention", "protocol")
+PROTOCOL_SECTIONS = ("task", "model", "train")
+"""Sections that a protocol fixes: an override of any key in them marks a run as modified."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model around the attention; attributes as in `models.encoder` and `models.classifier`."""
+
+    layers: int
+    dim: int
+    heads: int
+    head_dim: int
+    ffn_dim: int
+    classifier_dim: int
+    vocab_size: int
+    max_len: int
+    dropout: float
+    attention_dropout: float
+    pooling: Literal["mean_all", "mean_valid"]
+
+    def __post_init__(self) -> None:
+        _require(
+            {
+                "layers, dim, heads, head_dim, ffn_dim, classifier_dim, vocab_size and max_len "
+                "must be at least 1": min(
+                    self.layers,
+                    self.dim,
+                    self.heads,
+                    self.head_dim,
+                    self.ffn_dim,
+                    self.classifier_dim,
+                    self.vocab_size,
+                    self.max_len,
+                )
+                >= 1,
+                "dropout must lie in [0, 1)": 0 <= self.dropout < 1,
+                "attention_dropout must lie in [0, 1)": 0 <= self.attention_dropout < 1,
+            }
+        )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Optimisation.
+
+    Attributes:
+        steps: Optimiser steps.
+        batch_size: Examples of a step.
+        lr: Peak learning rate.
+        schedule: ``one_cycle``: linear from lr/25 to lr at the end of the warm-up, then linear
+            down to lr/250,000 at the last step (torch's OneCycleLR with linear annealing).
+        warmup_steps: Steps until the peak.
+        weight_decay: Decoupled weight decay (AdamW).
+        betas: AdamW's averaging coefficients.
+        eps: AdamW's epsilon.
+        clip_norm: Largest global gradient norm; 0 for no clipping.
+        eval_every: Steps between evaluations of the whole validation set.
+        tested: Which weights are tested: those of the best validation step, or the last.
+    """
+
+    steps: int
+    batch_size: int
+    lr: float
+    schedule: Literal["one_cycle"]
+    warmup_steps: int
+    weight_decay: float
+    betas: tuple[float, float]
+    eps: float
+    clip_norm: float
+    eval_every: int
+    tested: Literal["best", "last"]
+
+    def __post_init__(self) -> None:
+        _require(
+            {
+                "steps, batch_size and eval_every must be at least 1": min(
+                    self.steps, self.batch_size, self.eval_every
+                )
+                >= 1,
+                "lr must be positive": self.lr > 0,
+                "warmup_steps must lie in [0, steps)": 0 <= self.warmup_steps < self.steps,
+                "weight_decay, eps and clip_norm must not be negative": min(
+                    self.weight_decay, self.eps, self.clip_norm
+                )
+                >= 0,
+            }
+        )
+
+
+@dataclass(frozen=True)
+class WandbConfig:
+    """Weights & Biases: where runs go."""
+
+    mode: Literal["offline", "online"]
+    project: str
+    entity: str | None
+
+
+@dataclass(frozen=True)
+class ProtocolConfig:
+    """The protocol's name; its settings are the model, train and task sections."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All that a run needs; one value of each key of conf/config.yaml.
+
+    Attributes:
+        task: The task's name and options.
+        attention: The attention's name and options.
+        protocol: The protocol's name.
+        model: The model around the attention.
+        train: Optimisation.
+        seed: Seed of initial weights, order of examples, dropout and random features.
+        modified: What the run overrides of its protocol: key to (the protocol's value, the run's).
+    """
+
+    task: dict[str, Any]
+    attention: dict[str, Any]
+    protocol: ProtocolConfig
+    model: ModelConfig
+    train: TrainConfig
+    seed: int
+    device: str
+    precision: Literal["auto", "fp32", "bf16"]
+    micro_batches: int | Literal["auto"]
+    time_limit_minutes: float
+    reuse: Literal["auto", "never"]
+    tracker: Literal["wandb", "none"]
+    wandb: WandbConfig
+    data_dir: str
+    cache_dir: str | None
+    runs_dir: str
+    plugins: list[str]
+    checkpoint_seconds: float
+    modified: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _require(
+            {
+                "seed must not be negative": self.seed >= 0,
+                "micro_batches must be auto or at least 1": self.micro_batches == "auto"
+                or self.micro_batches >= 1,
+                "time_limit_minutes must not be negative": self.time_limit_minutes >= 0,
+                "checkpoint_seconds must not be negative": self.checkpoint_seconds >= 0,
+            }
+        )
+
+    def build_task(self) -> "Task":
+        """Builds the task; its data is not touched."""
+        options = {key: value for key, value in self.task.items() if key != "name"}
+        return build_task(
+            self.task["name"],
+            options,
+            data_dir=Path(self.data_dir),
+            cache_dir=cache_dir(self.cache_dir),
+        )
+
+    @property
+    def attention_options(self) -> dict[str, Any]:
+        """The attention's options without its name."""
+        return {key: value for key, value in self.attention.items() if key != "name"}
+
+    def identity(self, precision: str, device_kind: str) -> dict[str, Any]:
+        """Returns all that changes a run's result, apart from its seed.
+
+        Args:
+            precision: The resolved precision, ``fp32`` or ``bf16``.
+            device_kind: ``cpu`` or ``cuda``.
+        """
+        return {
+            "task": self.build_task().fingerprint,
+            "protocol": self.protocol.name,
+            "attention": self.attention,
+            "model": asdict(self.model),
+            "train": asdict(self.train),
+            "precision": precision,
+            "device": device_kind,
+        }
+
+    def folder(self, precision: str, device_kind: str) -> Path:
+        """Returns the run's folder, which is its key in the store of runs."""
+        digest = short_hash(self.identity(precision, device_kind))
+        cell = Path(self.runs_dir) / self.protocol.name / self.task["name"]
+        return cell / self.attention["name"] / f"s{self.seed}-{digest}"
+
+
+def cache_dir(setting: str | None) -> Path:
+    """Returns where prepared data is kept: the setting, else the user's cache folder."""
+    if setting is not None:
+        return Path(setting)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lra"
+
+
+def conf_dir() -> Path:
+    """Returns the folder of Hydra configurations: beside the package, or inside it in a wheel."""
+    inside = Path(__file__).parent / "conf"
+    return inside if inside.is_dir() else Path(__file__).parents[1] / "conf"
+
+
+def load(overrides: Iterable[str]) -> RunConfig:
+    """Composes and checks the configuration of one run.
+
+    Args:
+        overrides: Hydra overrides, as on the command line.
+
+    Raises:
+        ValueError: One message with every problem: what was given, what is allowed.
+    """
+    configs = load_sweep(overrides)
+    if len(configs) > 1:
+        raise ValueError(f"These overrides make {len(configs)} runs: use lra train -m.")
+    return configs[0]
+
+
+def load_sweep(overrides: Iterable[str]) -> list[RunConfig]:
+    """Composes and checks the configurations of a sweep, in the order Hydra runs them.
+
+    Raises:
+        ValueError: One message with every problem of any run.
+    """
+    overrides = list(overrides)
+    with _composer(overrides) as composer:
+        jobs = composer.jobs(overrides)
+        problems = list(dict.fromkeys(p for job in jobs for p in composer.problems(job)))
+        if problems:
+            raise ValueError("\n".join(problems))
+        return [composer.config(job) for job in jobs]
+
+
+class _Composer:
+    """Hydra's parser, group listing and compose call, while Hydra is initialised."""
+
+    def __init__(self) -> None:
+        from hydra.core.global_hydra import GlobalHydra
+        from hydra.core.override_parser.overrides_parser import OverridesParser
+
+        self.loader = GlobalHydra.instance().config_loader()
+        self.parser = OverridesParser.create(config_loader=self.loader)
+
+    def parse(self, overrides: Iterable[str]) -> list[Any]:
+        from hydra.errors import OverrideParseException
+
+        try:
+            return self.parser.parse_overrides(list(overrides))
+        except OverrideParseException as error:
+            raise ValueError(
+                f"Cannot read '{error.override}': write key=value, quote lists and spaces for the "
+                f"shell, as in 'plugins=[my_module]'."
+            ) from None
+
+    def jobs(self, overrides: list[str]) -> list[list[str]]:
+        """Returns the overrides of each run of a sweep."""
+        choices = []
+        for override in self.parse(overrides):
+            if override.is_sweep_override():
+                key = override.get_key_element()
+                choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+                if not choices[-1]:
+                    raise ValueError(f"'{override.input_line}' matches nothing.")
+            else:
+                choices.append([override.input_line])
+        return [list(job) for job in itertools.product(*choices)]
+
+    def problems(self, overrides: list[str]) -> Iterator[str]:
+        """Yields what is wrong with names, options and keys of one run's overrides."""
+        parsed = self.parse(overrides)
+        groups = [o for o in parsed if o.key_or_group in GROUPS]
+        wrong = False
+        for override in groups:
+            options = self.loader.get_group_options(override.key_or_group)
+            if override.value() not in options:
+                wrong = True
+                yield unknown(override.key_or_group, str(override.value()), options)
+        if wrong:
+            return
+        chosen = dict(_flatten(self.compose([o.input_line for o in groups])))
+        keys = [key for key in chosen if not key.endswith(".name")]
+        for override in parsed:
+            name = override.key_or_group
+            if name not in keys and name not in GROUPS and not name.startswith("hydra."):
+                section = name.rpartition(".")[0]
+                siblings = [key for key in keys if key.rpartition(".")[0] == section]
+                yield unknown("key", name, siblings)
+
+    def config(self, overrides: list[str]) -> RunConfig:
+        """Returns the typed configuration of one run."""
+        composed = self.compose(overrides)
+        groups = [o.input_line for o in self.parse(overrides) if o.key_or_group in GROUPS]
+        protocol = dict(_flatten(self.compose(groups)))
+        modified = {
+            key: [protocol.get(key), value]
+            for key, value in _flatten(composed)
+            if key.partition(".")[0] in PROTOCOL_SECTIONS and protocol.get(key) != value
+        }
+        config = from_mapping(RunConfig, composed, "")
+        config.modified.update(modified)
+        task = config.build_task()
+        from_mapping(
+            ATTENTIONS.get(config.attention["name"]).Config,
+            config.attention_options,
+            "attention",
+        )
+        _require(
+            {
+                f"model.max_len is {config.model.max_len}, but {task.name} has examples of up to "
+                f"{task.max_len} tokens": config.model.max_len >= task.max_len,
+                f"model.vocab_size is {config.model.vocab_size}, but {task.name} has "
+                f"{task.vocab_size} token ids": config.model.vocab_size >= task.vocab_size,
+            }
+        )
+        return config
+
+    def compose(self, overrides: list[str]) -> dict[str, Any]:
+        """Returns the composed configuration as plain containers."""
+        from hydra import compose
+        from hydra.errors import HydraException, MissingConfigException
+        from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
+
+        try:
+            config = compose("config", overrides=overrides)
+            return OmegaConf.to_container(config, resolve=True)
+        except MissingConfigException as error:
+            folder, _, task = str(error.missing_cfg_file).rpartition("/")
+            known = ", ".join(self.loader.get_group_options(folder)) or "none"
+            raise ValueError(
+                f"{folder} does not say how task '{task}' is run. It has: {known}."
+            ) from None
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ValueError(str(error).strip()) from None
+
+
+@contextmanager
+def _composer(overrides: list[str]) -> Iterator[_Composer]:
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    store_groups(overrides)
+    if GlobalHydra.instance().is_initialized():  # inside a job of a sweep
+        yield _Composer()
+        return
+    with initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
+        yield _Composer()
+
+
+def store_groups(overrides: list[str]) -> None:
+    """Imports the plugins that ``overrides`` name, and offers every registered name to Hydra.
+
+    Raises:
+        ValueError: If a plugin cannot be imported.
+    """
+    from hydra.core.config_store import ConfigStore
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    named = [o for o in overrides if o.startswith("plugins=")]
+    for override in OverridesParser.create().parse_overrides(named):
+        sys.path.insert(0, os.getcwd())
+        for module in override.value():
+            try:
+                importlib.import_module(str(module))
+            except ImportError as error:
+                raise ValueError(f"plugins: cannot import '{module}': {error}.") from None
+    store = ConfigStore.instance()
+    for name in ATTENTIONS.names():
+        store.store(group="attention", name=name, node={"name": name} | default_options(name))
+    for name in TASKS.names():
+        options = asdict(TASKS.get(name).Config())
+        store.store(group="task", name=name, node={"name": name} | options)
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _require(conditions: Mapping[str, bool]) -> None:
+    broken = [message + "." for message, holds in conditions.items() if not holds]
+    if broken:
+        raise ValueError("\n".join(broken))

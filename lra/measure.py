@@ -1,0 +1,164 @@
+"""What a run measures: clocks, peak memory, and the facts of its machine and code."""
+
+import os
+import platform
+import subprocess
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PHASES = ("train", "evaluate", "other")
+
+
+class Clock:
+    """Three clocks of which exactly one runs.
+
+    Args:
+        seconds: Time already on the clocks, from an earlier session.
+        device: The device to wait for before a clock is read.
+    """
+
+    def __init__(self, seconds: dict[str, float], device: torch.device) -> None:
+        self._seconds = dict.fromkeys(PHASES, 0.0) | seconds
+        self._device = device
+        self._phase = "other"
+        self._since = time.perf_counter()
+
+    def switch(self, phase: str) -> None:
+        """Stops the running clock and starts that of ``phase``."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        now = time.perf_counter()
+        self._seconds[self._phase] += now - self._since
+        self._phase, self._since = phase, now
+
+    def read(self) -> dict[str, float]:
+        """Returns the seconds on each clock."""
+        self.switch(self._phase)
+        return dict(self._seconds)
+
+    def total(self) -> float:
+        """Returns the seconds on all clocks, without waiting for the device."""
+        return sum(self._seconds.values()) + time.perf_counter() - self._since
+
+
+class PeakMemory:
+    """Peak memory above what is held when this object is made.
+
+    On CUDA the bytes that torch's allocator hands out; on Linux the resident set, whose
+    high-water mark the kernel resets on request (`/proc/self/clear_refs`).
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.kind = "none: only CUDA and Linux have a resettable peak"
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self._start = torch.cuda.memory_allocated(device)
+            self.kind = "CUDA memory allocated by torch"
+        elif Path("/proc/self/clear_refs").exists():
+            try:
+                Path("/proc/self/clear_refs").write_text("5")
+                self._start = _status_bytes("VmRSS")
+                self.kind = "resident set"
+            except OSError as error:
+                self.kind = f"none: the peak cannot be reset ({error.strerror})"
+
+    def read(self) -> int | None:
+        """Returns the peak in bytes, or None where it cannot be measured."""
+        if self.kind.startswith("none"):
+            return None
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device) - self._start
+        return _status_bytes("VmHWM") - self._start
+
+
+def _status_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+def resolve_device(setting: str) -> torch.device:
+    """Returns the device for ``device=``.
+
+    Raises:
+        ValueError: If there is no such device.
+    """
+    if setting == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(setting)
+    except RuntimeError:
+        raise ValueError(f"device={setting} is no device: use auto, cpu, cuda, cuda:1.") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device={setting} is not supported: use auto, cpu, cuda, cuda:1.")
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ValueError(f"device={setting} is not there: torch sees {count} CUDA devices.")
+    return device
+
+
+def resolve_precision(setting: str, device: torch.device) -> tuple[str, str]:
+    """Returns ``fp32`` or ``bf16`` for ``precision=``, and the reason."""
+    if setting != "auto":
+        return setting, "asked for"
+    if device.type == "cpu":
+        return "fp32", "auto: CPU"
+    if torch.cuda.is_bf16_supported():
+        return "bf16", "auto: the GPU computes in bf16"
+    return "fp32", "auto: the GPU does not compute in bf16"
+
+
+def device_facts(device: torch.device) -> dict[str, Any]:
+    """Returns the device's kind and name, and the number of threads."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    return {"kind": device.type, "name": name, "threads": torch.get_num_threads()}
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of Python and of the packages that results depend on."""
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("lra", "numpy", "hydra-core", "datasets", "wandb"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> dict[str, Any]:
+    """Returns the git commit of the code and whether tracked files differ from it."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+            env=os.environ | {"GIT_OPTIONAL_LOCKS": "0"},
+        ).stdout.strip()
+
+    try:
+        ours = Path(git("rev-parse", "--show-toplevel")) == Path(__file__).parents[1]
+        if not ours:
+            return {"commit": "unknown", "dirty": None}
+        dirty = bool(git("status", "--porcelain", "--untracked-files=no"))
+        return {"commit": git("rev-parse", "HEAD"), "dirty": dirty}
+    except (OSError, subprocess.SubprocessError):
+        return {"commit": "unknown", "dirty": None}

@@ -1,0 +1,169 @@
+"""The run record: one small JSON that needs nothing else to be understood, typed and versioned."""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from lra.files import write_atomically, write_text
+from lra.typed import from_mapping
+
+SCHEMA = 1
+
+Status = Literal["running", "ok", "oom", "diverged", "timeout", "interrupted", "failed"]
+
+
+@dataclass
+class Score:
+    """A metric on a whole split.
+
+    Attributes:
+        accuracy: Fraction of examples answered right.
+        loss: Mean cross-entropy, nats.
+        n: Number of examples.
+        low: Lower end of the 95 % Wilson interval of the accuracy.
+        high: Upper end.
+        step: The optimiser step of the weights.
+    """
+
+    accuracy: float
+    loss: float
+    n: int
+    low: float
+    high: float
+    step: int
+
+    @classmethod
+    def of(cls, correct: int, n: int, loss: float, step: int) -> "Score":
+        """Returns the score of ``correct`` right answers among ``n``."""
+        low, high = wilson_interval(correct, n)
+        return cls(correct / n, loss, n, low, high, step)
+
+
+@dataclass
+class Throughput:
+    """Speed of training steps alone, after the first steps of each session.
+
+    Attributes:
+        steps_per_second: Optimiser steps.
+        examples_per_second: Examples.
+        tokens_per_second: Real tokens, padding not counted.
+        steps: Steps that were timed.
+    """
+
+    steps_per_second: float
+    examples_per_second: float
+    tokens_per_second: float
+    steps: int
+
+
+@dataclass
+class Record:
+    """A run: what was asked, under which conditions, and what came out.
+
+    Attributes:
+        status: How the run ended, or ``running``.
+        reason: Why, where the status is not ``ok``.
+        hash: Identity of the setting without its seed; records of different hash never average.
+        protocol: Name of the protocol.
+        modified: Overridden keys of the protocol: [its value, the run's value].
+        task: Name, version, fingerprint, data hash, splits, chance, baselines on the test split.
+        attention: Name, options, and those that are not default.
+        seed: Seed of the run.
+        config: The whole resolved configuration.
+        command: The command line that started the run.
+        started: UTC time of the first start, ISO 8601.
+        sessions: How many processes worked on the run.
+        parameters: Trainable parameters.
+        parameters_of_softmax: Those of the same model with softmax attention.
+        steps: Optimiser steps done.
+        validation: Score of the tested weights on the validation split.
+        test: Score of the tested weights on the test split.
+        train_seconds: Time in optimiser steps.
+        evaluation_seconds: Time in evaluations and the final test.
+        other_seconds: All other time: data, set-up, checkpoints.
+        throughput: Speed of training steps.
+        peak_memory_bytes: Peak memory above what was held before the model was built.
+        memory_kind: What the peak counts, or why there is none.
+        micro_batches: Pieces a batch was run in.
+        precision: ``fp32`` or ``bf16``, with the reason for it.
+        device: Kind (cpu, cuda), name, and threads.
+        versions: Python and package versions.
+        commit: Git commit of the code, with ``dirty`` if it was modified; unknown outside git.
+        schema: Version of this record's format.
+    """
+
+    hash: str
+    protocol: str
+    modified: dict[str, Any]
+    task: dict[str, Any]
+    attention: dict[str, Any]
+    seed: int
+    config: dict[str, Any]
+    command: str
+    started: str
+    precision: dict[str, Any]
+    device: dict[str, Any]
+    versions: dict[str, Any]
+    commit: dict[str, Any]
+    status: Status = "running"
+    reason: str = ""
+    sessions: int = 1
+    parameters: int | None = None
+    parameters_of_softmax: int | None = None
+    steps: int = 0
+    validation: Score | None = None
+    test: Score | None = None
+    train_seconds: float = 0.0
+    evaluation_seconds: float = 0.0
+    other_seconds: float = 0.0
+    throughput: Throughput | None = None
+    peak_memory_bytes: int | None = None
+    memory_kind: str = ""
+    micro_batches: int | None = None
+    schema: int = field(default=SCHEMA)
+
+    def save(self, folder: Path) -> None:
+        """Writes ``record.json`` into ``folder``, atomically."""
+        write_text(folder / "record.json", json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+
+
+def load(folder: Path) -> Record | None:
+    """Reads a folder's record.
+
+    Returns:
+        The record, or None if there is none.
+
+    Raises:
+        ValueError: If the file is damaged or of a newer format; it names the file.
+    """
+    path = folder / "record.json"
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_text())
+        if not isinstance(values, dict):
+            raise ValueError("it is no JSON object")
+        if values.get("schema", 0) > SCHEMA:
+            raise ValueError(f"its format {values['schema']} is newer than {SCHEMA}: update lra")
+        return from_mapping(Record, values, "")
+    except (ValueError, OSError, TypeError) as error:
+        raise ValueError(f"{path} is no record: {error}") from None
+
+
+def save_predictions(folder: Path, predictions: np.ndarray, labels: np.ndarray) -> None:
+    """Writes the test split's predictions and labels, one byte each, as a (2, n) array."""
+    pair = np.stack([predictions, labels]).astype(np.uint8)
+    write_atomically(folder / "test_predictions.npy", lambda file: np.save(file, pair))
+
+
+def wilson_interval(correct: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """Returns the Wilson score interval of a proportion (95 % for the default z)."""
+    p, z2 = correct / n, z * z
+    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+    return centre - half, centre + half

@@ -1,0 +1,243 @@
+"""The leaderboard of one protocol: a table for each task, accuracy, cost and rules side by side."""
+
+from collections.abc import Sequence
+from statistics import mean, stdev
+from typing import Any
+
+import pandas as pd
+
+from lra.record import Record
+
+DASH = "–"
+NOT_LEARNED, LARGER, MODIFIED = "†", "‡", "*"
+
+MARKS = {
+    NOT_LEARNED: "not learned: the 95 % interval reaches the majority class",
+    LARGER: "more than 110 % of the parameters of the softmax model",
+    MODIFIED: "departs from the protocol, as said in brackets",
+}
+
+COLUMNS = {
+    "name": "attention",
+    "accuracy": "test accuracy %",
+    "interval": "95 % interval",
+    "seeds": "seeds",
+    "parameters": "parameters",
+    "ratio": "vs softmax",
+    "train": "train s",
+    "steps": "steps/s",
+    "tokens": "tokens/s",
+    "memory": "peak MB",
+    "conditions": "conditions",
+}
+
+
+class Leaderboard:
+    """The tables of one protocol's records.
+
+    Records of one setting (equal hash) make a row, whatever their seeds; different settings are
+    never averaged, and different versions of a task never share a table.
+
+    Args:
+        records: The records, at least one.
+    """
+
+    def __init__(self, records: Sequence[Record]) -> None:
+        self.protocol = records[0].protocol
+        self.records = records
+        tables: dict[tuple[str, int, str], list[Record]] = {}
+        for r in records:
+            key = (r.task["name"], r.task["version"], r.task["fingerprint"])
+            tables.setdefault(key, []).append(r)
+        self.tables = {key: _rows(group) for key, group in sorted(tables.items())}
+
+    def markdown(self) -> str:
+        """Returns the tables as a Markdown document."""
+        parts = [f"# Leaderboard, protocol {self.protocol}"]
+        for (task, version, fingerprint), rows in self.tables.items():
+            parts.append(f"## {task}\n")
+            parts[-1] += _data_line(self._of(fingerprint), version, fingerprint)
+            parts.append(_markdown_table(rows))
+            conditions = {row["conditions"] for row in rows if "conditions" in row}
+            if len(conditions) == 1:
+                parts.append(f"Speed and memory: {conditions.pop()}.")
+            used = "".join(row["marks"] for row in rows)
+            notes = [f"{mark} {meaning}." for mark, meaning in MARKS.items() if mark in used]
+            if notes:
+                parts.append("\n".join(f"{note}\\" for note in notes).rstrip("\\"))
+        parts.append(self._origin())
+        return "\n\n".join(parts) + "\n"
+
+    def csv(self) -> str:
+        """Returns all rows with their unrounded figures as CSV."""
+        frame = pd.DataFrame(
+            {"protocol": self.protocol, "task": task, "task_version": version, "data": data}
+            | {key: value for key, value in row.items() if key != "marks"}
+            for (task, version, data), rows in self.tables.items()
+            for row in rows
+        )
+        return frame.convert_dtypes().to_csv(index=False, lineterminator="\n")
+
+    def _of(self, fingerprint: str) -> list[Record]:
+        return [r for r in self.records if r.task["fingerprint"] == fingerprint]
+
+    def _origin(self) -> str:
+        """Returns how the tables were made: records, code, packages, dates."""
+        commits = {
+            str(r.commit["commit"])[:10] + (" (modified)" if r.commit["dirty"] else "")
+            for r in self.records
+        }
+        torch = {r.versions["torch"] for r in self.records}
+        days = sorted(r.started[:10] for r in self.records)
+        dates = days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}"
+        return (
+            f"Made by `lra report` from {len(self.records)} records of {dates}; torch "
+            f"{', '.join(sorted(torch))}; code {', '.join(sorted(commits))}."
+        )
+
+
+def _rows(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Returns the rows of one task: settings by accuracy, then the rules that learn nothing."""
+    settings: dict[str, list[Record]] = {}
+    for r in records:
+        settings.setdefault(r.hash, []).append(r)
+    rows = [_row(group) for group in settings.values()]
+    rows.sort(
+        key=lambda row: (
+            -(row["accuracy"] if row["accuracy"] is not None else -1),
+            row["name"],
+            row["hash"],
+        )
+    )
+    for r in records:
+        if "baselines" in r.task:
+            n = r.task["splits"]["test"]["examples"]
+            return rows + [
+                {"kind": "rule", "name": name, "accuracy": 100 * score, "n": n, "marks": ""}
+                for name, score in sorted(r.task["baselines"].items(), key=lambda item: item[1])
+            ]
+    return rows
+
+
+def _row(records: Sequence[Record]) -> dict[str, Any]:
+    """Returns the figures of one setting over its seeds."""
+    first = records[0]
+    done = [r for r in records if r.status == "ok" and r.test is not None]
+    options = "".join(f" {key}={value}" for key, value in first.attention["non_default"].items())
+    modified = ", ".join(f"{key}={value[1]}" for key, value in first.modified.items())
+    row: dict[str, Any] = {
+        "kind": "attention",
+        "name": first.attention["name"] + options + (f" ({modified})" if modified else ""),
+        "accuracy": None,
+        "sd": None,
+        "low": None,
+        "high": None,
+        "n": None,
+        "seeds": len(done),
+        "status": ", ".join(sorted({r.status for r in records if r.status != "ok"})) or "ok",
+        "parameters": first.parameters,
+        "ratio": _ratio(first),
+        "conditions": _conditions(first),
+        "hash": first.hash,
+        "marks": MODIFIED if modified else "",
+    }
+    if row["ratio"] and row["ratio"] > 1.1:
+        row["marks"] += LARGER
+    if not done:
+        return row
+    scores = [100 * r.test.accuracy for r in done if r.test]
+    speeds = [r.throughput for r in done if r.throughput]
+    memory = [r.peak_memory_bytes for r in done if r.peak_memory_bytes]
+    row |= {
+        "accuracy": mean(scores),
+        "sd": stdev(scores) if len(scores) > 1 else None,
+        "low": 100 * mean(r.test.low for r in done if r.test),
+        "high": 100 * mean(r.test.high for r in done if r.test),
+        "n": done[0].test.n if done[0].test else None,
+        "train_seconds": mean(r.train_seconds for r in done),
+        "evaluation_seconds": mean(r.evaluation_seconds for r in done),
+        "steps_per_second": mean(s.steps_per_second for s in speeds) if speeds else None,
+        "tokens_per_second": mean(s.tokens_per_second for s in speeds) if speeds else None,
+        "peak_megabytes": mean(memory) / 1e6 if memory else None,
+    }
+    if row["low"] <= 100 * first.task["baselines"]["majority class"]:
+        row["marks"] += NOT_LEARNED
+    return row
+
+
+def _conditions(r: Record) -> str:
+    """Returns what speed and memory depend on; they compare only where it is the same."""
+    return f"{r.device['name']}, {r.device['threads']} threads, {r.precision['name']}"
+
+
+def _ratio(r: Record) -> float | None:
+    if r.parameters is None or not r.parameters_of_softmax:
+        return None
+    return r.parameters / r.parameters_of_softmax
+
+
+def _data_line(records: Sequence[Record], version: int, fingerprint: str) -> str:
+    """Returns one line on the data of a table."""
+    for r in records:
+        if "splits" in r.task:
+            parts = [f"{s['examples']:,} {name}" for name, s in r.task["splits"].items()]
+            longest = max(s["longest"] for s in r.task["splits"].values())
+            return (
+                f"{' / '.join(parts)} examples of up to {longest:,} tokens; version {version}, "
+                f"data {r.task['data_hash']}. Chance {r.task['chance']:.0%}."
+            )
+    return f"Version {version}, settings {fingerprint}."
+
+
+def _markdown_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Returns rows as an aligned Markdown table."""
+    cells = [list(COLUMNS.values()), *(_cells(row) for row in rows)]
+    # A column in which nothing stands is left out, and so are conditions that are all the same.
+    kept = [
+        i
+        for i, key in enumerate(COLUMNS)
+        if len({row[i] for row in cells[1:]} - {DASH}) > (key == "conditions")
+    ]
+    widths = [max(len(row[i]) for row in cells) for i in kept]
+    lines = [
+        "| "
+        + " | ".join(
+            row[i].ljust(w) if i == 0 else row[i].rjust(w)
+            for i, w in zip(kept, widths, strict=True)
+        )
+        + " |"
+        for row in cells
+    ]
+    rule = [("-" * w if i == 0 else "-" * (w - 1) + ":") for i, w in zip(kept, widths, strict=True)]
+    return "\n".join([lines[0], "| " + " | ".join(rule) + " |", *lines[1:]])
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    """Returns a row's figures as text, in the order of ``COLUMNS``."""
+    accuracy = DASH
+    if row["accuracy"] is not None:
+        accuracy = f"{row['accuracy']:.2f}"
+        if row.get("sd") is not None:
+            accuracy += f" ± {row['sd']:.2f}"
+    elif "status" in row:
+        accuracy = "✗ " + row["status"]
+    shown = {
+        "name": f"*{row['name']}*" if row["kind"] == "rule" else row["name"] + row["marks"],
+        "accuracy": accuracy,
+        "interval": _format(
+            "{0[0]:.1f} to {0[1]:.1f}", row.get("low") and (row["low"], row["high"])
+        ),
+        "seeds": _format("{}", row.get("seeds")),
+        "parameters": _format("{:,}", row.get("parameters")),
+        "ratio": _format("{:.3f}", row.get("ratio")),
+        "train": _format("{:,.0f}", row.get("train_seconds")),
+        "steps": _format("{:.2f}", row.get("steps_per_second")),
+        "tokens": _format("{:,.0f}", row.get("tokens_per_second")),
+        "memory": _format("{:,.1f}", row.get("peak_megabytes")),
+        "conditions": _format("{}", row.get("conditions")),
+    }
+    return [shown[key] for key in COLUMNS]
+
+
+def _format(pattern: str, *values: Any) -> str:
+    return DASH if values[0] is None else pattern.format(*values)

@@ -1,0 +1,229 @@
+"""One run from its configuration to its record: folder, lock, log, signals, and how it ended."""
+
+import contextlib
+import errno
+import logging
+import shlex
+import shutil
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lra import checkpoint, measure, record
+from lra.batches import Batches
+from lra.config import RunConfig
+from lra.files import Busy, locked, short_hash
+from lra.record import Record, Score
+from lra.train import Stopped, Trainer, autocast, build_model, evaluate, tested
+from lra.typed import from_mapping
+from models.attention import default_options
+
+LOG = logging.getLogger("lra")
+
+
+def run(config: RunConfig) -> Record:
+    """Trains and tests as ``config`` says, and leaves everything in the run's folder.
+
+    A finished run is returned without touching its data; one with a checkpoint goes on from it.
+
+    Returns:
+        The record; its status tells how the run ended.
+
+    Raises:
+        ValueError: If the device is not there, another process has the run, or its record is
+            damaged.
+    """
+    folder, fresh = plan(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(folder / ".lock", wait=False):
+            return _run_owned(config, folder, fresh)
+    except Busy:
+        raise ValueError(f"Another process is working on {folder}.") from None
+
+
+def plan(config: RunConfig) -> tuple[Path, Record]:
+    """Returns the folder of a run and the record it starts with; touches no data.
+
+    Raises:
+        ValueError: If the device is not there.
+    """
+    device = measure.resolve_device(config.device)
+    precision, reason = measure.resolve_precision(config.precision, device)
+    task = config.build_task()
+    defaults = default_options(config.attention["name"])
+    options = config.attention_options
+    fresh = Record(
+        hash=short_hash(config.identity(precision, device.type)),
+        protocol=config.protocol.name,
+        modified=config.modified,
+        task={
+            "name": task.name,
+            "version": task.version,
+            "fingerprint": task.fingerprint,
+            "chance": task.chance,
+        },
+        attention={
+            "name": config.attention["name"],
+            "options": options,
+            "non_default": {k: v for k, v in options.items() if v != defaults[k]},
+        },
+        seed=config.seed,
+        config={k: v for k, v in asdict(config).items() if k != "modified"},
+        command=shlex.join(["lra", *sys.argv[1:]]),
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
+        precision={"name": precision, "reason": reason},
+        device=measure.device_facts(device),
+        versions=measure.versions(),
+        commit=measure.commit(),
+    )
+    return config.folder(precision, device.type), fresh
+
+
+def _run_owned(config: RunConfig, folder: Path, current: Record) -> Record:
+    earlier = record.load(folder) if config.reuse == "auto" else None
+    if earlier is not None and earlier.status == "ok":
+        LOG.info("Finished before. %s", describe(earlier))
+        return earlier
+    if config.reuse == "never":
+        _clear(folder)
+    if earlier is not None:
+        current.started, current.sessions = earlier.started, earlier.sessions + 1
+    with _log_file(folder):
+        LOG.debug("%s", current.command)
+        _run_recorded(config, current, folder)
+        LOG.info("%s", describe(current))
+    return current
+
+
+def _run_recorded(config: RunConfig, current: Record, folder: Path) -> None:
+    """Runs, and turns whatever ends the run into the status and reason of its record."""
+    trainer = None
+    try:
+        current.save(folder)
+        with _StopSignals() as stop:
+            prepared = config.build_task().prepare()
+            current.task |= {
+                "data_hash": prepared.manifest["hash"],
+                "splits": prepared.manifest["splits"],
+                "baselines": prepared.manifest["baselines"],
+            }
+            device = measure.resolve_device(config.device)
+            trainer = Trainer(config, current, prepared, folder, device, stop)
+            stop.deferred = True
+            trainer.fit()
+            trainer.test()
+        current.status = "ok"
+    except Stopped as stopped:
+        current.status, current.reason = stopped.status, str(stopped)
+        if trainer is not None:
+            trainer.save()
+    except KeyboardInterrupt:
+        current.status, current.reason = "interrupted", "stopped at once, without a checkpoint"
+    except Exception as error:
+        current.status, current.reason = _failure(error)
+        LOG.debug("%s", traceback.format_exc())
+    if trainer is not None:
+        trainer.close()
+    current.save(folder)
+
+
+def _failure(error: Exception) -> tuple[record.Status, str]:
+    """Returns the status and the reason for an error that ended a run."""
+    message = str(error).strip() or type(error).__name__
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate" in message:
+        return "oom", message.splitlines()[0]
+    if isinstance(error, ValueError):
+        return "failed", message
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return "failed", f"the disk is full: {error.filename or message}"
+    return "failed", f"{type(error).__name__}: {message.splitlines()[0]}"
+
+
+def evaluate_again(folder: Path) -> tuple[Record, Score]:
+    """Scores the tested weights of a run's checkpoint on the test set once more.
+
+    Returns:
+        The run's record, and the score computed now.
+
+    Raises:
+        ValueError: If the folder has no record, or no checkpoint that has been evaluated.
+    """
+    finished = record.load(folder)
+    saved = checkpoint.load(folder, finished.hash) if finished else None
+    if finished is None or saved is None or saved["state"].best is None:
+        missing = "record.json" if finished is None else "checkpoint with an evaluation"
+        raise ValueError(f"{folder} has no {missing}: give the folder of a run that was trained.")
+    config = from_mapping(RunConfig, finished.config, "")
+    device = measure.resolve_device(config.device)
+    task = config.build_task()
+    validation, weights = tested(config.train, saved["state"])
+    model = build_model(config, task)
+    model.load_state_dict(saved["model"] if weights is None else weights)
+    data = Batches(task.prepare().splits["test"], device)
+    precision = autocast(device, finished.precision["name"])
+    score, _ = evaluate(model.to(device), data, precision, validation.step)
+    return finished, score
+
+
+def describe(finished: Record) -> str:
+    """Returns one line on a run: what it is, how it ended, its scores."""
+    name = f"{finished.task['name']} {finished.attention['name']} seed {finished.seed}"
+    test, validation = finished.test, finished.validation
+    if finished.status != "ok" or test is None or validation is None:
+        return f"{name}: {finished.status} after {finished.steps:,} steps: {finished.reason}"
+    return (
+        f"{name}: test {test.accuracy:.2%} [{test.low:.2%}, {test.high:.2%}] of {test.n:,}, "
+        f"validation {validation.accuracy:.2%}, weights of step {test.step:,}"
+    )
+
+
+class _StopSignals:
+    """Notes SIGINT and SIGTERM; acts on them at once until ``deferred``, and on a second one."""
+
+    def __init__(self) -> None:
+        self.signal: str | None = None
+        self.deferred = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "_StopSignals":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: object) -> None:
+        again = self.signal is not None
+        self.signal = signal.Signals(number).name
+        if again or not self.deferred:
+            raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _log_file(folder: Path) -> Iterator[None]:
+    """Writes the run's messages and tracebacks to ``log.txt`` too."""
+    handler = logging.FileHandler(folder / "log.txt")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    handler.setLevel(logging.DEBUG)
+    LOG.addHandler(handler)
+    try:
+        yield
+    finally:
+        LOG.removeHandler(handler)
+        handler.close()
+
+
+def _clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.name != ".lock":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -1,0 +1,126 @@
+"""Sweeps: Hydra's multirun, each run in a process of its own, and a table of how they ended."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+
+from lra import record
+from lra.config import conf_dir, load, load_sweep
+from lra.record import Record
+from lra.run import plan
+
+LOG = logging.getLogger("lra")
+
+
+def sweep(overrides: Sequence[str]) -> int:
+    """Runs every combination that ``overrides`` spell out, and prints how each ended.
+
+    All of them are checked before the first one starts. A failed run does not stop the others.
+
+    Returns:
+        0 if every run has finished now or before, else 1.
+
+    Raises:
+        ValueError: For a mistake in any of the combinations.
+    """
+    configs = load_sweep(overrides)
+    folders = [plan(config)[0] for config in configs]
+    finished = [
+        config.reuse == "auto" and _status(folder) == "ok"
+        for config, folder in zip(configs, folders, strict=True)
+    ]
+    LOG.info("%d runs, %d of them finished before", len(folders), sum(finished))
+    arguments, sys.argv = sys.argv, ["lra", "--multirun", *overrides]
+    # Without this, Hydra prints and swallows what a job raises.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    stopped = False
+    try:
+        hydra.main(version_base="1.3", config_path=str(conf_dir().resolve()), config_name="config")(
+            _launch
+        )()
+    except KeyboardInterrupt:
+        stopped = True
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+        sys.argv = arguments
+    rows = [_row(folder, skipped=done) for folder, done in zip(folders, finished, strict=True)]
+    print(_table(rows))
+    return 130 if stopped else int(any(row[1] not in ("ok", "skipped") for row in rows))
+
+
+def _launch(_: Any) -> None:
+    """Hydra's job: runs one combination in a fresh process, unless it has finished before."""
+    overrides = list(HydraConfig.get().overrides.task)
+    config = load(overrides)
+    folder, fresh = plan(config)
+    if config.reuse == "auto" and _status(folder) == "ok":
+        return
+    # In a session of its own, so that a Ctrl-C at the terminal reaches it once: through us.
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lra", "train", *overrides], start_new_session=True
+    )
+    while True:
+        try:
+            code = process.wait()
+            break
+        except KeyboardInterrupt:
+            process.send_signal(signal.SIGINT)
+            process.wait()
+            raise
+    if code not in (0, 1, 130):
+        _record_crash(folder, fresh, code)
+
+
+def _record_crash(folder: Path, fresh: Record, code: int) -> None:
+    """Writes the end of a process that could not write it itself."""
+    ended = _read(folder) or fresh
+    ended.status = "failed"
+    ended.reason = f"the process ended with exit code {code}"
+    if code < 0:
+        ended.reason = f"the process was killed by {signal.Signals(-code).name}"
+    if code == -signal.SIGKILL:
+        ended.reason += ", as the system does when memory runs out"
+    folder.mkdir(parents=True, exist_ok=True)
+    ended.save(folder)
+
+
+def _read(folder: Path) -> Record | None:
+    try:
+        return record.load(folder)
+    except ValueError as error:
+        LOG.warning("%s", error)
+        return None
+
+
+def _status(folder: Path) -> str:
+    found = _read(folder)
+    return found.status if found else "not started"
+
+
+def _row(folder: Path, skipped: bool) -> tuple[str, str, str, str]:
+    found = _read(folder)
+    if found is None:
+        return str(folder), "not started", "", ""
+    score = f"{found.test.accuracy:.2%}" if found.test else ""
+    if skipped:
+        return str(folder), "skipped", score, "finished before"
+    log = folder / "log.txt"
+    reason = f"{found.reason} (log: {log})" if found.status != "ok" else str(log)
+    return str(folder), found.status, score, reason
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> str:
+    """Returns rows as aligned text under a heading."""
+    rows = [("run", "status", "test", "reason or log"), *rows]
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join(line.rstrip() for line in lines)

@@ -1,0 +1,91 @@
+"""ListOps: the value of a nested list expression, ten classes (Nangia & Bowman 2018).
+
+Expressions of MIN, MAX, MED (floor of the median) and SM (sum modulo 10) over digits, up to ten
+levels deep, with the settings of the Long Range Arena (Tay et al. 2021). They are generated here;
+round parentheses, which carry no information, are no tokens.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from tqdm import tqdm
+
+from lra.tasks import register_task
+from lra.tasks._listops import VOCAB, evaluate, generate
+from lra.tasks.base import Split, Task
+
+
+@register_task("listops")
+class ListOps(Task):
+    """Generated ListOps expressions, distinct across all splits."""
+
+    @dataclass(frozen=True)
+    class Config:
+        """Options of ListOps.
+
+        Attributes:
+            num_train: Training examples.
+            num_val: Validation examples.
+            num_test: Test examples.
+            min_length: Expressions have more tokens than this.
+            max_length: Expressions have fewer tokens than this.
+            max_depth: Digits only from this depth on; the root has depth 1.
+            max_args: Operators have 2 up to this many arguments.
+            data_seed: Seed of the generator.
+        """
+
+        num_train: int = 96_000
+        num_val: int = 2_000
+        num_test: int = 2_000
+        min_length: int = 500
+        max_length: int = 2_000
+        max_depth: int = 10
+        max_args: int = 10
+        data_seed: int = 0
+
+    name = "listops"
+    version = 1
+    num_classes = 10
+    vocab_size = len(VOCAB)
+
+    @property
+    def max_len(self) -> int:
+        """The longest expression that the options admit."""
+        return self.config.max_length - 1
+
+    def build(self) -> dict[str, Split]:
+        """Generates all splits from one stream of distinct expressions."""
+        config = self.config
+        sizes = (config.num_train, config.num_val, config.num_test)
+        total = sum(sizes)
+        with tqdm(total=total, desc="ListOps expressions", unit="", unit_scale=True) as bar:
+            tokens, offsets, labels = generate(
+                total,
+                min_length=config.min_length,
+                max_length=config.max_length,
+                max_depth=config.max_depth,
+                max_args=config.max_args,
+                seed=config.data_seed,
+                processes=_processes(total),
+                progress=bar.update,
+            )
+        everything = Split(tokens, offsets, labels)
+        ends = np.cumsum((0, *sizes)).tolist()
+        names = ("train", "val", "test")
+        return {name: everything.take(*ends[i : i + 2]) for i, name in enumerate(names)}
+
+    def baselines(self, splits: Mapping[str, Split]) -> dict[str, float]:
+        """Scores evaluation that sees the root operator only, or is cut below a depth."""
+        test = splits["test"]
+        names = {0: "root operator only"} | {d: f"evaluation cut at depth {d}" for d in (1, 2, 3)}
+        return {
+            name: float(np.mean([evaluate(test[i], cut) for i in range(len(test))] == test.labels))
+            for cut, name in names.items()
+        }
+
+
+def _processes(total: int) -> int:
+    """Returns one where starting more processes would take longer than the work."""
+    return 1 if total < 50_000 else os.cpu_count() or 1

@@ -1,0 +1,80 @@
+"""Experiment tracking with Weights & Biases behind log() and close().
+
+A tracker mirrors the run's own files, which are the source of truth, and never costs a run: what
+it raises becomes one warning, and the run goes on without it.
+"""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lra.config import WandbConfig
+from lra.record import Record
+
+LOG = logging.getLogger("lra")
+
+INIT_SECONDS = 60
+
+
+class Tracker:
+    """Mirrors a run to W&B, offline unless asked and logged in; does nothing without settings.
+
+    Args:
+        settings: Where to log to; None for no tracking.
+        record: The run's record at its start.
+        folder: The run's folder; offline files go to its sub-folder ``wandb``.
+    """
+
+    def __init__(self, settings: WandbConfig | None, record: Record, folder: Path) -> None:
+        self._run: Any = None
+        if settings is not None:
+            self._run = self._try(lambda: _init(settings, record, folder))
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        """Logs the metrics of an optimiser step."""
+        if self._run is not None:
+            self._try(lambda: self._run.log(metrics, step=step))
+
+    def close(self, summary: dict[str, Any], failed: bool) -> None:
+        """Logs the final figures and ends the connection."""
+        if self._run is not None:
+            self._try(lambda: self._run.summary.update(summary))
+        if self._run is not None:
+            self._try(lambda: self._run.finish(exit_code=int(failed)))
+
+    def _try(self, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except Exception as error:
+            LOG.warning("W&B failed and is left out from here on: %s", error)
+            self._run = None
+            return None
+
+
+def _init(settings: WandbConfig, record: Record, folder: Path) -> Any:
+    import wandb
+
+    mode = settings.mode
+    # Without a key wandb would ask for one at the terminal, or raise where there is none.
+    if mode == "online" and not wandb.login(prompt=False, verify=False):
+        LOG.warning("wandb.mode=online needs `wandb login` first: this run is logged offline.")
+        mode = "offline"
+    task, attention = record.task["name"], record.attention["name"]
+    started = "".join(filter(str.isdigit, record.started))
+    run = wandb.init(
+        mode=mode,
+        project=settings.project,
+        entity=settings.entity,
+        dir=folder,
+        id=f"{record.hash}-s{record.seed}-{started}",
+        name=f"{record.protocol} {task} {attention} s{record.seed}",
+        group=f"{record.protocol}/{task}/{attention}-{record.hash}",
+        job_type="train",
+        tags=[record.protocol, task, attention],
+        config=record.config,
+        resume="allow",
+        settings=wandb.Settings(silent=True, console="off", init_timeout=INIT_SECONDS),
+    )
+    run.define_metric("val_accuracy", summary="max")
+    return run

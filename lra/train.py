@@ -1,0 +1,374 @@
+"""The trainer, top to bottom: model and optimiser, loop, evaluation, final test.
+
+One trainer for every task and attention. All randomness is a function of (seed, step), so that a
+run resumed from any checkpoint ends exactly as the uninterrupted one.
+"""
+
+import logging
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lra import checkpoint, measure
+from lra.batches import Batches, resolve_micro_batches
+from lra.checkpoint import Metrics, State, Timed
+from lra.config import RunConfig, TrainConfig
+from lra.record import Record, Score, Status, Throughput, save_predictions
+from lra.tasks.base import Prepared, Task
+from lra.track import Tracker
+from models.classifier import Classifier
+from models.encoder import EncoderShape, resample
+
+LOG = logging.getLogger("lra")
+
+WARMUP_STEPS = 5
+"""Steps of a session left out of the throughput: memory pools and kernels settle in them."""
+
+
+class Stopped(Exception):
+    """A run that ends before its last step, with the status and the reason for its record."""
+
+    def __init__(self, status: Status, reason: str) -> None:
+        super().__init__(reason)
+        self.status: Status = status
+
+
+class StopRequest(Protocol):
+    """Where a signal is noted until the trainer can act on it."""
+
+    signal: str | None
+
+
+class Trainer:
+    """One session of a run: model, optimiser, data, clocks, and the loop over them.
+
+    Args:
+        config: The run.
+        record: Its record; what is measured is written into it.
+        prepared: The task's data.
+        folder: The run's folder; a checkpoint in it is gone on from.
+        device: Where to compute.
+        stop: Looked at after every step and evaluation batch.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        record: Record,
+        prepared: Prepared,
+        folder: Path,
+        device: torch.device,
+        stop: StopRequest,
+    ) -> None:
+        self.config, self.record, self.folder = config, record, folder
+        self.device, self.stop = device, stop
+        self.autocast = autocast(device, record.precision["name"])
+        saved = checkpoint.load(folder, record.hash)
+        self.state = saved["state"] if saved else State()
+        self.clock = measure.Clock(self.state.seconds, device)
+        self.data = {name: Batches(split, device) for name, split in prepared.splits.items()}
+        self.pieces = resolve_micro_batches(
+            config.micro_batches, config.train.batch_size, self.data["train"].lengths, device
+        )
+
+        self.memory = measure.PeakMemory(device)
+        torch.manual_seed(config.seed)
+        task = config.build_task()
+        self.model = build_model(config, task).to(device)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=config.train.lr,
+            betas=config.train.betas,
+            eps=config.train.eps,
+            weight_decay=config.train.weight_decay,
+            fused=True,
+        )
+        if saved:
+            self.model.load_state_dict(saved["model"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            LOG.info("%s: goes on from step %d", folder, self.state.step)
+
+        record.micro_batches = self.pieces
+        record.parameters = count_parameters(self.model)
+        with torch.device("meta"):
+            record.parameters_of_softmax = count_parameters(build_model(config, task, "softmax"))
+        self.metrics = Metrics(folder / "metrics.jsonl", self.state.evaluated)
+        self.tracker = Tracker(config.wandb if config.tracker == "wandb" else None, record, folder)
+        # Summed training loss and right answers stay on the device between evaluations.
+        self.sums = torch.tensor(
+            [self.state.train_loss, self.state.train_correct], dtype=torch.float64, device=device
+        )
+        self.session_steps = 0
+        self.timed_before = self.state.timed
+        self.timed = Timed()
+        self.untimed_seconds = 0.0
+        self.saved_at = self.clock.total()
+
+    # --- loop -----------------------------------------------------------------------------------
+
+    def fit(self) -> None:
+        """Takes the remaining steps, with the evaluations and checkpoints that are due.
+
+        Raises:
+            Stopped: On a signal, at the time limit, or when the loss is no longer finite.
+        """
+        steps, state = self.config.train.steps, self.state
+        with tqdm(
+            total=steps,
+            initial=state.step,
+            desc=f"{self.record.attention['name']} s{self.config.seed}",
+            unit="step",
+            mininterval=0.5 if sys.stderr.isatty() else 10,
+        ) as bar:
+            while True:
+                if state.step > state.evaluated and (
+                    state.step == steps or state.step % self.config.train.eval_every == 0
+                ):
+                    self._validate(bar)
+                    self.save()
+                if state.step == steps:
+                    return
+                self.clock.switch("train")
+                self._step()
+                bar.update()
+                self._check_limits()
+                if self.clock.total() - self.saved_at > self.config.checkpoint_seconds:
+                    self.clock.switch("other")
+                    self.save()
+
+    def _step(self) -> None:
+        """Takes one optimiser step on one batch, in micro-batches."""
+        train, step = self.config.train, self.state.step
+        seed = step_seed(self.config.seed, step)
+        torch.manual_seed(seed)
+        resample(self.model, torch.Generator().manual_seed(seed))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(train, step)
+        pieces = self.data["train"].training(step, train.batch_size, self.pieces, self.config.seed)
+        size = sum(len(piece.labels) for piece in pieces)
+        self.model.train()
+        for piece in pieces:
+            with self.autocast:
+                logits = self.model(piece.tokens, piece.key_mask).float()
+            loss = F.cross_entropy(logits, piece.labels, reduction="sum")
+            (loss / size).backward()
+            correct = (logits.detach().argmax(-1) == piece.labels).sum()
+            self.sums += torch.stack([loss.detach().double(), correct.double()])
+        if train.clip_norm:
+            nn.utils.clip_grad_norm_(self.model.parameters(), train.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+        self.state.step += 1
+        self.state.train_seen += size
+        self.session_steps += 1
+        if self.session_steps == WARMUP_STEPS:
+            self.untimed_seconds = self.clock.read()["train"]
+        elif self.session_steps > WARMUP_STEPS:
+            self.timed.steps += 1
+            self.timed.examples += size
+            self.timed.tokens += sum(piece.num_tokens for piece in pieces)
+
+    def _check_limits(self) -> None:
+        if self.stop.signal is not None:
+            raise Stopped("interrupted", f"{self.stop.signal} received")
+        limit = self.config.time_limit_minutes
+        if limit and self.clock.total() > 60 * limit:
+            raise Stopped("timeout", f"time_limit_minutes={limit:g}")
+
+    # --- evaluation -----------------------------------------------------------------------------
+
+    def _validate(self, bar: tqdm) -> None:
+        """Scores the validation set, logs, and keeps the weights if they are the best so far."""
+        self._read_sums()
+        state = self.state
+        if not math.isfinite(state.train_loss):
+            raise Stopped("diverged", f"the training loss is not finite by step {state.step:,}")
+        score, _ = self._evaluate("val", state.step)
+        metrics = {
+            "train_loss": state.train_loss / state.train_seen,
+            "train_accuracy": state.train_correct / state.train_seen,
+            "val_loss": score.loss,
+            "val_accuracy": score.accuracy,
+            "lr": learning_rate(self.config.train, state.step - 1),
+        }
+        self.metrics.append({"step": state.step, "seconds": round(self.clock.total(), 3)} | metrics)
+        self.tracker.log(metrics, state.step)
+        bar.set_postfix(loss=f"{metrics['train_loss']:.3f}", val=f"{score.accuracy:.1%}")
+        state.last = asdict(score)
+        if state.best is None or score.accuracy > state.best["accuracy"]:
+            state.best = asdict(score)
+            state.best_model = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+        state.evaluated, state.train_seen = state.step, 0
+        self.sums.zero_()
+
+    def _evaluate(self, split: str, step: int) -> tuple[Score, np.ndarray]:
+        self.clock.switch("evaluate")
+        result = evaluate(self.model, self.data[split], self.autocast, step, self._check_limits)
+        self.clock.switch("other")
+        return result
+
+    def test(self) -> None:
+        """Scores the weights that the protocol tests on the test set; writes the predictions."""
+        validation, weights = tested(self.config.train, self.state)
+        if weights is not None:
+            self.model.load_state_dict(weights)
+        score, predictions = self._evaluate("test", validation.step)
+        self.record.validation, self.record.test = validation, score
+        save_predictions(self.folder, predictions, self.data["test"].labels.cpu().numpy())
+
+    # --- what is kept ---------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Writes a checkpoint of the last whole step, unless its loss is not finite."""
+        self._read_sums()
+        if math.isfinite(self.state.train_loss):
+            self._read_measures()
+            checkpoint.save(self.folder, self.record.hash, self.state, self.model, self.optimizer)
+            self.saved_at = self.clock.total()
+
+    def close(self) -> None:
+        """Completes the record with what was measured and ends the tracker."""
+        self._read_measures()
+        record, state = self.record, self.state
+        record.steps = state.step
+        record.train_seconds = state.seconds["train"]
+        record.evaluation_seconds = state.seconds["evaluate"]
+        record.other_seconds = state.seconds["other"]
+        record.memory_kind = self.memory.kind
+        record.peak_memory_bytes = state.peak_memory or None
+        timed = state.timed
+        if timed.seconds:
+            record.throughput = Throughput(
+                timed.steps / timed.seconds,
+                timed.examples / timed.seconds,
+                timed.tokens / timed.seconds,
+                timed.steps,
+            )
+        summary = {key: value for key, value in asdict(record).items() if key != "config"}
+        self.tracker.close(summary, failed=record.status != "ok")
+
+    def _read_sums(self) -> None:
+        self.state.train_loss, self.state.train_correct = self.sums.tolist()
+
+    def _read_measures(self) -> None:
+        state, timed = self.state, self.timed
+        state.seconds = self.clock.read()
+        state.peak_memory = max(state.peak_memory, self.memory.read() or 0)
+        if timed.steps:
+            timed.seconds = state.seconds["train"] - self.untimed_seconds
+        before = self.timed_before
+        state.timed = Timed(
+            before.steps + timed.steps,
+            before.examples + timed.examples,
+            before.tokens + timed.tokens,
+            before.seconds + timed.seconds,
+        )
+
+
+@torch.no_grad()
+def evaluate(
+    model: Classifier,
+    data: Batches,
+    precision: torch.autocast,
+    step: int,
+    check: Callable[[], None] = lambda: None,
+) -> tuple[Score, np.ndarray]:
+    """Scores every example of a split.
+
+    Args:
+        model: The model, with the weights of ``step``.
+        data: The split.
+        precision: The context to compute in.
+        step: The optimiser step to write into the score.
+        check: Called before every batch; may raise to stop.
+
+    Returns:
+        The score, and the predicted classes in the split's order.
+    """
+    model.eval()
+    device = data.labels.device
+    predictions = torch.empty(len(data), dtype=torch.long, device=device)
+    loss = torch.zeros((), dtype=torch.float64, device=device)
+    for batch in data.evaluation():
+        check()
+        with precision:
+            logits = model(batch.tokens, batch.key_mask).float()
+        predictions[batch.indices] = logits.argmax(-1)
+        loss += F.cross_entropy(logits, batch.labels, reduction="sum")
+    correct = int((predictions == data.labels).sum())
+    score = Score.of(correct, len(data), float(loss) / len(data), step)
+    return score, predictions.cpu().numpy()
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Returns the context that computes in ``precision``, fp32 or bf16."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def build_model(config: RunConfig, task: Task, attention: str | None = None) -> Classifier:
+    """Builds the run's model; with ``attention``, the same with that mechanism's defaults."""
+    model = config.model
+    shape = EncoderShape(
+        layers=model.layers,
+        dim=model.dim,
+        heads=model.heads,
+        head_dim=model.head_dim,
+        ffn_dim=model.ffn_dim,
+        vocab_size=model.vocab_size,
+        max_len=model.max_len,
+        dropout=model.dropout,
+        attention_dropout=model.attention_dropout,
+    )
+    options: dict[str, Any] = {} if attention else config.attention_options
+    return Classifier(
+        shape,
+        attention or config.attention["name"],
+        options,
+        num_classes=task.num_classes,
+        head_dim=model.classifier_dim,
+        pooling=model.pooling,
+    )
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Returns the number of trainable parameters."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def learning_rate(train: TrainConfig, step: int) -> float:
+    """Returns the learning rate of optimiser step ``step`` (from 0); see ``TrainConfig.schedule``.
+
+    Equals torch's OneCycleLR with pct_start = warmup_steps / steps and linear annealing.
+    """
+    low, peak, end = train.lr / 25, train.lr, train.lr / 25 / 1e4
+    turn, last = train.warmup_steps - 1, train.steps - 1
+    if step <= turn:
+        return low + (peak - low) * (step / turn if turn else 1.0)
+    return peak + (end - peak) * (step - turn) / (last - turn)
+
+
+def step_seed(seed: int, step: int) -> int:
+    """Returns the seed of dropout and random features in one step of a run."""
+    return int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0] >> 1)
+
+
+def tested(train: TrainConfig, state: State) -> tuple[Score, dict[str, Tensor] | None]:
+    """Returns the validation score of the weights that are tested, and the weights.
+
+    None for the weights stands for those of the last step.
+    """
+    assert state.best is not None
+    assert state.last is not None
+    if train.tested == "best":
+        return Score(**state.best), state.best_model
+    return Score(**state.last), None
