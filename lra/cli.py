@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     handler = _Console(logging.INFO)
     LOG.addHandler(handler)
-    LOG.setLevel(logging.DEBUG)
+    LOG.setLevel(logging.INFO)
     LOG.propagate = False
     try:
         code = _train(arguments[1:]) if arguments[:1] == ["train"] else _other(arguments)

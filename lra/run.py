@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import logging
 import shlex
 import shutil
@@ -19,7 +20,7 @@ import torch
 from lra import checkpoint, measure, record
 from lra.batches import Batches
 from lra.config import RunConfig
-from lra.files import Busy, locked, short_hash
+from lra.files import Busy, canonical_json, locked, short_hash
 from lra.record import Record, Score
 from lra.train import Stopped, Trainer, autocast, build_model, evaluate, tested
 from lra.typed import from_mapping
@@ -60,6 +61,8 @@ def plan(config: RunConfig) -> tuple[Path, Record]:
     task = config.build_task()
     defaults = default_options(config.attention["name"])
     options = config.attention_options
+    settings = json.loads(canonical_json(asdict(config)))
+    del settings["modified"]
     fresh = Record(
         hash=short_hash(config.identity(precision, device.type)),
         protocol=config.protocol.name,
@@ -76,7 +79,7 @@ def plan(config: RunConfig) -> tuple[Path, Record]:
             "non_default": {k: v for k, v in options.items() if v != defaults[k]},
         },
         seed=config.seed,
-        config={k: v for k, v in asdict(config).items() if k != "modified"},
+        config=settings,
         command=shlex.join(["lra", *sys.argv[1:]]),
         started=datetime.now(UTC).isoformat(timespec="seconds"),
         precision={"name": precision, "reason": reason},
@@ -216,6 +219,7 @@ def _log_file(folder: Path) -> Iterator[None]:
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     handler.setLevel(logging.DEBUG)
     LOG.addHandler(handler)
+    LOG.setLevel(logging.DEBUG)
     try:
         yield
     finally:

@@ -4,6 +4,7 @@ One trainer for every task and attention. All randomness is a function of (seed,
 run resumed from any checkpoint ends exactly as the uninterrupted one.
 """
 
+import copy
 import logging
 import math
 import sys
@@ -193,7 +194,7 @@ class Trainer:
         state = self.state
         if not math.isfinite(state.train_loss):
             raise Stopped("diverged", f"the training loss is not finite by step {state.step:,}")
-        score, _ = self._evaluate("val", state.step)
+        score, _ = self._evaluate(self.model, "val", state.step)
         metrics = {
             "train_loss": state.train_loss / state.train_seen,
             "train_accuracy": state.train_correct / state.train_seen,
@@ -211,18 +212,21 @@ class Trainer:
         state.evaluated, state.train_seen = state.step, 0
         self.sums.zero_()
 
-    def _evaluate(self, split: str, step: int) -> tuple[Score, np.ndarray]:
+    def _evaluate(self, model: Classifier, split: str, step: int) -> tuple[Score, np.ndarray]:
         self.clock.switch("evaluate")
-        result = evaluate(self.model, self.data[split], self.autocast, step, self._check_limits)
+        result = evaluate(model, self.data[split], self.autocast, step, self._check_limits)
         self.clock.switch("other")
         return result
 
     def test(self) -> None:
         """Scores the weights that the protocol tests on the test set; writes the predictions."""
         validation, weights = tested(self.config.train, self.state)
+        model = self.model
         if weights is not None:
-            self.model.load_state_dict(weights)
-        score, predictions = self._evaluate("test", validation.step)
+            # A copy: a signal may yet ask for a checkpoint, which is of the last step.
+            model = copy.deepcopy(model)
+            model.load_state_dict(weights)
+        score, predictions = self._evaluate(model, "test", validation.step)
         self.record.validation, self.record.test = validation, score
         save_predictions(self.folder, predictions, self.data["test"].labels.cpu().numpy())
 

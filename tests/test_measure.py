@@ -1,0 +1,58 @@
+"""What a run measures: clocks, memory against a program of known size, device and precision."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from lra.measure import Clock, resolve_device, resolve_precision
+
+CPU = torch.device("cpu")
+
+
+def test_exactly_one_clock_runs():
+    clock = Clock({}, CPU)
+    time.sleep(0.02)
+    clock.switch("train")
+    time.sleep(0.05)
+    clock.switch("evaluate")
+    seconds = clock.read()
+    assert 0.05 <= seconds["train"] < 0.2
+    assert 0.02 <= seconds["other"] < 0.1
+    assert sum(seconds.values()) == pytest.approx(clock.total(), abs=0.02)
+
+
+def test_clocks_go_on_from_an_earlier_session():
+    clock = Clock({"train": 100.0}, CPU)
+    assert clock.read()["train"] == 100.0
+    assert clock.total() >= 100.0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the resettable high-water mark is Linux's")
+def test_peak_memory_is_that_of_a_program_of_known_size():
+    # 200 MB held and freed before the start do not count; 100 MB freed before the reading do.
+    program = """
+import torch
+from lra.measure import PeakMemory
+before = torch.ones(50_000_000)
+del before
+memory = PeakMemory(torch.device("cpu"))
+held = torch.ones(25_000_000)
+del held
+print(memory.read())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert int(done.stdout) == pytest.approx(100e6, rel=0.05), done.stderr
+
+
+@pytest.mark.parametrize("name", ["tpu", "cuda:99", "meta"])
+def test_a_device_that_is_not_there_is_one_message(name):
+    with pytest.raises(ValueError, match=f"device={name}"):
+        resolve_device(name)
+
+
+def test_auto_is_resolved_with_a_reason():
+    assert resolve_precision("auto", CPU) == ("fp32", "auto: CPU")
+    assert resolve_precision("bf16", CPU) == ("bf16", "asked for")

@@ -1,0 +1,144 @@
+"""Real processes: killed runs that go on bit by bit, and sweeps that survive their runs."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+from test_run import assert_same_end, folder_of
+
+from lra import record
+
+
+def start(arguments, environment, cwd):
+    # A session of its own: signals go to this process and not to the tests.
+    return subprocess.Popen(
+        [sys.executable, "-m", "lra", "train", *arguments],
+        env=environment,
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for_lines(path, count, process, seconds=60):
+    """Waits until a file has so many lines; fails if the process ends before."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if path.exists() and len(path.read_text().splitlines()) >= count:
+            return
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.005)
+    raise AssertionError(f"{path} never had {count} lines")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, cache):
+    """The folder of a run that nothing cut."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    overrides = long_run(folder, cache)
+    process = start(overrides, os.environ | {"PYTHONPATH": str(ROOT)}, folder)
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode == 0, output
+    return folder_of(overrides)
+
+
+def long_run(folder, cache):
+    return [
+        "protocol=smoke",
+        "attention=softmax",
+        "train.steps=300",
+        "train.eval_every=10",
+        "checkpoint_seconds=0",
+        "tracker=none",
+        f"runs_dir={folder / 'runs'}",
+        f"cache_dir={cache}",
+    ]
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGKILL"])
+def test_a_killed_process_goes_on_where_it_was(name, uninterrupted, tmp_path, cache, environment):
+    overrides = long_run(tmp_path, cache)
+    folder = folder_of(overrides)
+    process = start(overrides, environment, tmp_path)
+    wait_for_lines(folder / "metrics.jsonl", 3, process)
+    process.send_signal(signal.Signals[name])
+    process.communicate(timeout=30)
+    cut = record.load(folder)
+    if name == "SIGKILL":
+        assert process.returncode == -signal.SIGKILL
+        assert cut.status == "running"
+    else:
+        assert process.returncode == 130
+        assert (cut.status, cut.reason) == ("interrupted", f"{name} received")
+        assert 30 <= cut.steps < 300
+
+    again = start(overrides, environment, tmp_path)
+    output, _ = again.communicate(timeout=90)
+    assert again.returncode == 0, output
+    assert "goes on from step" in output
+    assert record.load(folder).sessions == 2
+    assert_same_end(folder, uninterrupted)
+
+
+def test_a_sweep_runs_each_combination_and_tells_how_it_ended(tmp_path, smoke, environment):
+    process = start(["-m", *smoke("train.lr=1e30,1e-3")], environment, tmp_path)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1, output
+    table = [row.split() for row in output[output.rindex("run  ") :].splitlines()[1:]]
+    diverged, ok = (folder_of(smoke(f"train.lr={lr}")) for lr in ("1e30", "1e-3"))
+    assert [row[:2] for row in table] == [[str(diverged), "diverged"], [str(ok), "ok"]]
+    assert table[0][-1] == f"{diverged}/log.txt)"
+
+    shutil.rmtree(diverged)
+    process = start(["-m", *smoke("train.lr=1e-3,2e-3")], environment, tmp_path)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert "2 runs, 1 of them finished before" in output
+    assert [row.split()[1] for row in output.splitlines()[-2:]] == ["skipped", "ok"]
+
+
+def test_a_sweep_with_a_mistake_starts_nothing(tmp_path, smoke, environment):
+    process = start(["-m", *smoke("attention=softmax,cosfomer")], environment, tmp_path)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "Unknown attention 'cosfomer'. Did you mean cosformer?" in output
+    assert "Traceback" not in output
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_killed_in_a_sweep_is_recorded_and_the_next_one_runs(tmp_path, cache, environment):
+    overrides = [*long_run(tmp_path, cache)[2:], "protocol=smoke"]
+    overrides[0] = "train.steps=60"
+    sweep = start(["-m", *overrides, "seed=0,1", "attention=softmax"], environment, tmp_path)
+    first = folder_of([*overrides, "seed=0", "attention=softmax"])
+    wait_for_lines(first / "metrics.jsonl", 1, sweep)
+    children = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(sweep.pid)], capture_output=True, text=True, check=True
+    )
+    os.kill(int(children.stdout.split()[0]), signal.SIGKILL)
+    output, _ = sweep.communicate(timeout=60)
+    assert sweep.returncode == 1, output
+    killed = record.load(first)
+    assert killed.status == "failed"
+    assert "SIGKILL" in killed.reason
+    assert record.load(folder_of([*overrides, "seed=1", "attention=softmax"])).status == "ok"
+
+
+def test_ctrl_c_in_a_sweep_saves_the_run_and_ends_the_sweep(tmp_path, cache, environment):
+    overrides = long_run(tmp_path, cache)
+    sweep = start(["-m", *overrides, "seed=0,1"], environment, tmp_path)
+    first = folder_of([*overrides, "seed=0"])
+    wait_for_lines(first / "metrics.jsonl", 2, sweep)
+    sweep.send_signal(signal.SIGINT)
+    output, _ = sweep.communicate(timeout=30)
+    assert sweep.returncode == 130, output
+    assert record.load(first).status == "interrupted"
+    assert not folder_of([*overrides, "seed=1"]).exists()
+    assert [line.split()[1] for line in output.splitlines()[-2:]] == ["interrupted", "not"]

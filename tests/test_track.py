@@ -1,0 +1,92 @@
+"""Weights & Biases: offline without an account, and never at the cost of a run."""
+
+import pytest
+import wandb
+
+from lra import record
+from lra.config import load
+from lra.run import plan, run
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+
+
+@pytest.fixture(autouse=True)
+def no_account(monkeypatch, tmp_path):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+
+
+def test_a_run_is_tracked_offline_by_default(smoke):
+    overrides = [o for o in smoke() if o != "tracker=none"]
+    assert run(load(overrides)).status == "ok"
+    folder = plan(load(overrides))[0]
+    assert len(list(folder.glob("wandb/offline-run-*/run-*.wandb"))) == 1
+
+
+class FakeRun:
+    def __init__(self):
+        self.logged, self.summary, self.finished = [], {}, None
+
+    def define_metric(self, *_, **__):
+        pass
+
+    def log(self, metrics, step):
+        self.logged.append((step, metrics))
+
+    def finish(self, exit_code):
+        self.finished = exit_code
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    fake = FakeRun()
+
+    def init(**settings):
+        fake.settings = settings
+        return fake
+
+    monkeypatch.setattr(wandb, "init", init)
+    return fake
+
+
+def test_group_tags_and_id_name_the_cell_and_the_run(smoke, fake):
+    done = run(load(smoke("tracker=wandb", "seed=4")))
+    assert fake.settings["group"] == f"smoke/listops/softmax-{done.hash}"
+    assert fake.settings["tags"] == ["smoke", "listops", "softmax"]
+    assert fake.settings["id"].startswith(f"{done.hash}-s4-")
+    assert fake.settings["resume"] == "allow"
+    assert fake.settings["config"] == done.config
+    assert [step for step, _ in fake.logged] == [5, 10, 15, 20]
+    assert fake.summary["test"]["accuracy"] == done.test.accuracy
+    assert fake.finished == 0
+
+
+def test_a_resumed_run_keeps_its_id(smoke, fake):
+    cut = run(load(smoke("tracker=wandb", "time_limit_minutes=0.00001")))
+    first = fake.settings["id"]
+    assert fake.finished == 1
+    assert cut.status == "timeout"
+    run(load(smoke("tracker=wandb")))
+    assert fake.settings["id"] == first
+
+
+def test_online_without_a_login_is_offline_with_a_warning(smoke, fake, caplog):
+    run(load(smoke("tracker=wandb", "wandb.mode=online")))
+    assert fake.settings["mode"] == "offline"
+    assert "wandb login" in caplog.text
+
+
+@pytest.mark.parametrize("broken", ["init", "log", "finish"])
+def test_a_failing_tracker_costs_one_warning_and_no_run(smoke, fake, caplog, monkeypatch, broken):
+    def fail(*_, **__):
+        raise OSError("no space left for wandb")
+
+    if broken == "init":
+        monkeypatch.setattr(wandb, "init", fail)
+    else:
+        monkeypatch.setattr(fake, broken, fail)
+    overrides = smoke("tracker=wandb")
+    assert run(load(overrides)).status == "ok"
+    assert record.load(plan(load(overrides))[0]).status == "ok"
+    assert caplog.text.count("no space left for wandb") == 1
