@@ -2,7 +2,6 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# The quick models are too small to gain from more threads than these two.
 LRA := $(BIN)/lra
 QUICK := task=listops protocol=quick runs_dir=runs/quickstart
 

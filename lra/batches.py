@@ -5,6 +5,7 @@ would have seen. It is sorted by length and run as a few micro-batches, each pad
 longest sequence; together they are exactly the batch.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
@@ -14,8 +15,12 @@ from torch import Tensor
 
 from lra.tasks.base import Split
 
-CPU_MICRO_BATCHES = 4
-"""Measured on two cores with ListOps lengths: more pieces save less padding than they cost."""
+CPU_TOKENS = 2**13
+"""Padded tokens of a training micro-batch on CPU.
+
+Measured with the `nystrom` models: from here on activations stay in cache, and smaller pieces cost
+more in calls than they save in padding.
+"""
 
 EVALUATION_TOKENS = 2**16
 """Padded tokens of an evaluation batch."""
@@ -103,9 +108,16 @@ class Batches:
 def resolve_micro_batches(
     setting: int | Literal["auto"], batch_size: int, lengths: np.ndarray, device: torch.device
 ) -> int:
-    """Returns the number of micro-batches of a batch for ``micro_batches=``."""
+    """Returns the number of micro-batches of a batch for ``micro_batches=``.
+
+    Args:
+        setting: The number, or ``auto``.
+        batch_size: Examples of a batch.
+        lengths: Tokens of every training example.
+        device: Where they are computed.
+    """
     if setting != "auto":
         return min(setting, batch_size)
-    if device.type != "cpu" or len(lengths) == 0 or lengths.min() == lengths.max():
+    if device.type != "cpu":
         return 1
-    return min(CPU_MICRO_BATCHES, batch_size)
+    return min(batch_size, math.ceil(batch_size * int(lengths.max(initial=0)) / CPU_TOKENS))

@@ -305,7 +305,7 @@ class _Composer:
         keys = [key for key in chosen if not key.endswith(".name")]
         for override in parsed:
             name = override.key_or_group
-            if name not in keys and name not in GROUPS and not name.startswith("hydra."):
+            if not (name in keys or name in GROUPS or name.startswith(("hydra.", "hydra/"))):
                 section = name.rpartition(".")[0]
                 siblings = [key for key in keys if key.rpartition(".")[0] == section]
                 yield unknown("key", name, siblings)

@@ -41,21 +41,28 @@ def run(config: RunConfig) -> Record:
         ValueError: If the device is not there, another process has the run, or its record is
             damaged.
     """
-    folder, fresh = plan(config)
+    folder = run_folder(config)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with locked(folder / ".lock", wait=False):
-            return _run_owned(config, folder, fresh)
+            return _run_owned(config, folder)
     except Busy:
         raise ValueError(f"Another process is working on {folder}.") from None
 
 
-def plan(config: RunConfig) -> tuple[Path, Record]:
-    """Returns the folder of a run and the record it starts with; touches no data.
+def run_folder(config: RunConfig) -> Path:
+    """Returns the folder of a run; touches no data.
 
     Raises:
         ValueError: If the device is not there.
     """
+    device = measure.resolve_device(config.device)
+    precision, _ = measure.resolve_precision(config.precision, device)
+    return config.folder(precision, device.type)
+
+
+def new_record(config: RunConfig) -> Record:
+    """Returns the record a run starts with; touches no data."""
     device = measure.resolve_device(config.device)
     precision, reason = measure.resolve_precision(config.precision, device)
     task = config.build_task()
@@ -63,7 +70,7 @@ def plan(config: RunConfig) -> tuple[Path, Record]:
     options = config.attention_options
     settings = json.loads(canonical_json(asdict(config)))
     del settings["modified"]
-    fresh = Record(
+    return Record(
         hash=short_hash(config.identity(precision, device.type)),
         protocol=config.protocol.name,
         modified=config.modified,
@@ -87,16 +94,16 @@ def plan(config: RunConfig) -> tuple[Path, Record]:
         versions=measure.versions(),
         commit=measure.commit(),
     )
-    return config.folder(precision, device.type), fresh
 
 
-def _run_owned(config: RunConfig, folder: Path, current: Record) -> Record:
+def _run_owned(config: RunConfig, folder: Path) -> Record:
     earlier = record.load(folder) if config.reuse == "auto" else None
     if earlier is not None and earlier.status == "ok":
         LOG.info("Finished before. %s", describe(earlier))
         return earlier
     if config.reuse == "never":
         _clear(folder)
+    current = new_record(config)
     if earlier is not None:
         current.started, current.sessions = earlier.started, earlier.sessions + 1
     with _log_file(folder):

@@ -13,9 +13,9 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 
 from lra import record
-from lra.config import conf_dir, load, load_sweep
+from lra.config import RunConfig, conf_dir, load, load_sweep
 from lra.record import Record
-from lra.run import plan
+from lra.run import new_record, run_folder
 
 LOG = logging.getLogger("lra")
 
@@ -32,7 +32,7 @@ def sweep(overrides: Sequence[str]) -> int:
         ValueError: For a mistake in any of the combinations.
     """
     configs = load_sweep(overrides)
-    folders = [plan(config)[0] for config in configs]
+    folders = [run_folder(config) for config in configs]
     finished = [
         config.reuse == "auto" and _status(folder) == "ok"
         for config, folder in zip(configs, folders, strict=True)
@@ -61,7 +61,7 @@ def _launch(_: Any) -> None:
     """Hydra's job: runs one combination in a fresh process, unless it has finished before."""
     overrides = list(HydraConfig.get().overrides.task)
     config = load(overrides)
-    folder, fresh = plan(config)
+    folder = run_folder(config)
     if config.reuse == "auto" and _status(folder) == "ok":
         return
     # In a session of its own, so that a Ctrl-C at the terminal reaches it once: through us.
@@ -77,12 +77,12 @@ def _launch(_: Any) -> None:
             process.wait()
             raise
     if code not in (0, 1, 130):
-        _record_crash(folder, fresh, code)
+        _record_crash(config, folder, code)
 
 
-def _record_crash(folder: Path, fresh: Record, code: int) -> None:
+def _record_crash(config: RunConfig, folder: Path, code: int) -> None:
     """Writes the end of a process that could not write it itself."""
-    ended = _read(folder) or fresh
+    ended = _read(folder) or new_record(config)
     ended.status = "failed"
     ended.reason = f"the process ended with exit code {code}"
     if code < 0:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from models.attention import build_attention
+from models.dropout import Dropout
 
 NORM_EPS = 1e-5
 INIT_STD = 0.02
@@ -83,11 +84,11 @@ class Block(nn.Module):
         self.ffn = nn.Sequential(
             nn.Linear(shape.dim, shape.ffn_dim),
             nn.GELU(),
-            nn.Dropout(shape.dropout),
+            Dropout(shape.dropout),
             nn.Linear(shape.ffn_dim, shape.dim),
-            nn.Dropout(shape.dropout),
+            Dropout(shape.dropout),
         )
-        self.dropout = nn.Dropout(shape.dropout)
+        self.dropout = Dropout(shape.dropout)
 
     def forward(self, x: Tensor, key_mask: Tensor | None) -> Tensor:
         """Maps (B, N, C) to (B, N, C)."""
@@ -104,7 +105,7 @@ class Encoder(nn.Module):
         self.positions = nn.Embedding(shape.max_len, shape.dim)
         for table in (self.tokens, self.positions):
             nn.init.normal_(table.weight, std=INIT_STD)
-        self.dropout = nn.Dropout(shape.dropout)
+        self.dropout = Dropout(shape.dropout)
         self.blocks = nn.ModuleList(Block(shape, attention, options) for _ in range(shape.layers))
         self.norm = nn.LayerNorm(shape.dim, eps=NORM_EPS)
 

@@ -11,13 +11,13 @@ import torch
 from lra import checkpoint, record
 from lra.config import load
 from lra.files import locked
-from lra.run import evaluate_again, plan, run
+from lra.run import evaluate_again, new_record, run, run_folder
 from lra.tasks.base import Task
 from lra.train import Trainer
 
 
 def folder_of(overrides):
-    return plan(load(overrides))[0]
+    return run_folder(load(overrides))
 
 
 def test_a_run_leaves_a_record_that_needs_nothing_else(smoke):
@@ -102,7 +102,7 @@ def test_bf16_is_computed_and_recorded(smoke):
     done = run(load(smoke("precision=bf16")))
     assert done.status == "ok"
     assert done.precision["name"] == "bf16"
-    assert done.hash != plan(load(smoke("precision=fp32")))[1].hash
+    assert done.hash != new_record(load(smoke("precision=fp32"))).hash
 
 
 def test_another_process_on_the_same_run_is_refused(smoke):

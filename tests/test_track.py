@@ -5,7 +5,7 @@ import wandb
 
 from lra import record
 from lra.config import load
-from lra.run import plan, run
+from lra.run import run, run_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 
@@ -20,7 +20,7 @@ def no_account(monkeypatch, tmp_path):
 def test_a_run_is_tracked_offline_by_default(smoke):
     overrides = [o for o in smoke() if o != "tracker=none"]
     assert run(load(overrides)).status == "ok"
-    folder = plan(load(overrides))[0]
+    folder = run_folder(load(overrides))
     assert len(list(folder.glob("wandb/offline-run-*/run-*.wandb"))) == 1
 
 
@@ -88,5 +88,5 @@ def test_a_failing_tracker_costs_one_warning_and_no_run(smoke, fake, caplog, mon
         monkeypatch.setattr(fake, broken, fail)
     overrides = smoke("tracker=wandb")
     assert run(load(overrides)).status == "ok"
-    assert record.load(plan(load(overrides))[0]).status == "ok"
+    assert record.load(run_folder(load(overrides))).status == "ok"
     assert caplog.text.count("no space left for wandb") == 1

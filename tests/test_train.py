@@ -8,7 +8,7 @@ import torch
 
 from lra.batches import Batches
 from lra.config import load
-from lra.run import plan
+from lra.run import new_record
 from lra.tasks.base import Prepared, Split
 from lra.train import Trainer, autocast, evaluate, learning_rate, step_seed
 
@@ -21,7 +21,7 @@ def trainer(overrides, folder, prepared=None):
     config = load(overrides)
     folder.mkdir(parents=True)
     prepared = prepared or config.build_task().prepare()
-    return Trainer(config, plan(config)[1], prepared, folder, torch.device("cpu"), NoStop())
+    return Trainer(config, new_record(config), prepared, folder, torch.device("cpu"), NoStop())
 
 
 def weights(of):

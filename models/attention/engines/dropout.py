@@ -11,15 +11,13 @@ weights again, and draws the same `keep` again from the same seed.
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from models.dropout import Draws
+
 BLOCK_BYTES = 2**20
 """Size of a block of weights: the few alive at a time stay in a CPU's cache."""
-
-LEVELS = 2**16
-"""Uniform draws are 16-bit integers: p is rounded to a multiple of 1.5e-5."""
 
 
 def softmax_dropout_attention(
@@ -37,14 +35,13 @@ def softmax_dropout_attention(
     Returns:
         (B, H, N, E). The draw depends on torch's default generator alone.
     """
-    seed = int(torch.randint(2**62, ()))
     bias = empty = None
     if key_mask is not None:
         # Without any key a row of -inf would be NaN: let such rows see all, then zero them.
         empty = ~key_mask.any(-1)
         bias = torch.zeros(key_mask.shape, dtype=torch.promote_types(q.dtype, torch.float32))
         bias.masked_fill_(~key_mask & ~empty[:, None], -torch.inf)
-    out = _SoftmaxDropout.apply(q, k, v, bias, dropout, seed)
+    out = _SoftmaxDropout.apply(q, k, v, bias, Draws(dropout))
     return out if empty is None else out.masked_fill(empty[:, None, None, None], 0.0)
 
 
@@ -62,9 +59,7 @@ class _Block(NamedTuple):
 class _Blocks:
     """Walks over blocks of queries and gives each its slices, weights and kept entries."""
 
-    def __init__(
-        self, q: Tensor, k: Tensor, bias: Tensor | None, dropout: float, seed: int
-    ) -> None:
+    def __init__(self, q: Tensor, k: Tensor, bias: Tensor | None, draws: Draws) -> None:
         batch, heads, n, d = q.shape
         s = k.shape[-2]
         self.q = (q.to(torch.promote_types(q.dtype, torch.float32)) * d**-0.5).reshape(-1, n, d)
@@ -72,9 +67,7 @@ class _Blocks:
         self.bias = None
         if bias is not None:
             self.bias = bias[:, None, None].expand(batch, heads, 1, s).reshape(-1, 1, s)
-        self.threshold = round(dropout * LEVELS) - LEVELS // 2
-        self.scale = LEVELS / (LEVELS - round(dropout * LEVELS))
-        self.random = np.random.SFC64(seed)
+        self.draws = draws
         # Two matrices at a time keep two threads of a batched product busy.
         self.matrices = min(len(self.q), max(2, torch.get_num_threads()))
         self.rows = max(1, min(n, BLOCK_BYTES // (4 * s * self.matrices)))
@@ -89,40 +82,34 @@ class _Blocks:
                     scores = q @ k.transpose(1, 2)
                 else:
                     scores = torch.baddbmm(self.bias[group], q, k.transpose(1, 2))
-                yield _Block(group, rows, q, k, scores.softmax(-1), self._keep(scores))
-
-    def _keep(self, like: Tensor) -> Tensor:
-        """Returns Bernoulli(1 - p) draws, 0.0 or 1.0, in the shape of ``like``."""
-        draws = torch.from_numpy(self.random.random_raw(-(-like.numel() // 4)).view(np.int16))
-        draws = draws[: like.numel()].view(like.shape)
-        # Compared straight into floating point: five times faster than by way of bool.
-        return torch.ge(draws, self.threshold, out=torch.empty_like(like))
+                yield _Block(group, rows, q, k, scores.softmax(-1), self.draws.keep(scores))
 
 
 class _SoftmaxDropout(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float, seed: int
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, draws: Draws
     ) -> Tensor:
-        blocks = _Blocks(q, k, bias, dropout, seed)
+        blocks = _Blocks(q, k, bias, draws)
         values = v.to(blocks.q.dtype).reshape(-1, *v.shape[-2:])
         out = values.new_empty(values.shape[0], q.shape[-2], values.shape[-1])
         for b in blocks:
             out[b.group, b.rows] = b.weights.mul_(b.keep) @ values[b.group]
-        out = out.mul_(blocks.scale).view(*q.shape[:-1], v.shape[-1]).to(v.dtype)
+        out = out.mul_(draws.scale).view(*q.shape[:-1], v.shape[-1]).to(v.dtype)
         ctx.save_for_backward(q, k, v, bias, out)
-        ctx.draw = dropout, seed
+        ctx.p, ctx.seed = draws.p, draws.seed
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, bias, out = ctx.saved_tensors
-        blocks = _Blocks(q, k, bias, *ctx.draw)
+        draws = Draws(ctx.p, ctx.seed)
+        blocks = _Blocks(q, k, bias, draws)
         dtype = blocks.q.dtype
         values = v.to(dtype).reshape(-1, *v.shape[-2:])
         # sum_j w_ij dL/dw_ij, the term that the softmax's normalisation adds.
         row_sums = (grad.to(dtype) * out.to(dtype)).sum(-1).reshape(-1, q.shape[-2], 1)
-        grad = (grad.to(dtype) * blocks.scale).reshape(-1, *grad.shape[-2:])
+        grad = (grad.to(dtype) * draws.scale).reshape(-1, *grad.shape[-2:])
         grad_q = torch.empty_like(blocks.q)
         # Transposed, as (D, rows) x (rows, S) products are faster than (S, rows) x (rows, D).
         grad_k, grad_v = (x.new_zeros(x.transpose(1, 2).shape) for x in (blocks.k, values))
@@ -135,4 +122,4 @@ class _SoftmaxDropout(torch.autograd.Function):
             grad_k[b.group].baddbmm_(b.q.transpose(1, 2), grad_scores)
         gradients = (grad_q.mul_(q.shape[-1] ** -0.5), grad_k.mT, grad_v.mT)
         pairs = zip(gradients, (q, k, v), strict=True)
-        return (*(g.reshape(x.shape).to(x.dtype) for g, x in pairs), None, None, None)
+        return (*(g.reshape(x.shape).to(x.dtype) for g, x in pairs), None, None)

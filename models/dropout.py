@@ -1,0 +1,50 @@
+"""Dropout whose draws cost little on CPU, where torch's Bernoulli takes 7 ns an element."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LEVELS = 2**16
+"""Uniform draws are 16-bit integers: p is rounded to a multiple of 1.5e-5."""
+
+
+class Draws:
+    """Bernoulli(1 - p) draws from a seed: which entries dropout keeps.
+
+    Args:
+        p: Probability that an entry is dropped.
+        seed: Seed of the draws; None takes one from torch's default generator.
+    """
+
+    def __init__(self, p: float, seed: int | None = None) -> None:
+        dropped = round(p * LEVELS)
+        self.p = p
+        self.seed = int(torch.randint(2**62, ())) if seed is None else seed
+        self.scale = LEVELS / (LEVELS - dropped)
+        self._threshold = dropped - LEVELS // 2
+        self._random = np.random.SFC64(self.seed)
+
+    def keep(self, like: Tensor) -> Tensor:
+        """Returns the next draws, 0 or 1, in the shape and type of ``like``."""
+        words = self._random.random_raw(-(-like.numel() // 4))
+        draws = torch.from_numpy(words.view(np.int16))[: like.numel()].view(like.shape)
+        # Compared straight into floating point: five times faster than by way of bool.
+        return torch.ge(draws, self._threshold, out=torch.empty_like(like))
+
+
+class Dropout(nn.Module):
+    """Zeroes entries with probability ``p`` in training and scales the others by 1 / (1 - p)."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Applies dropout to a tensor of any shape."""
+        if not (self.training and self.p):
+            return x
+        if x.device.type != "cpu":
+            return F.dropout(x, self.p)
+        draws = Draws(self.p)
+        return x * draws.keep(x.detach()).mul_(draws.scale)

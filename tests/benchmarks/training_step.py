@@ -1,0 +1,164 @@
+"""Seconds a training step of the `nystrom` ListOps model, and ratios; run it on an idle machine.
+
+    python tests/benchmarks/training_step.py [--rounds 5] [--profile]
+
+Every round takes one step of each contestant in turn, so that drift favours none; the medians are
+compared. `bare SDPA` is a model of the same size written out with plain torch modules around
+`scaled_dot_product_attention`, to show what the harness itself costs.
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.profiler import profile
+
+from lra.config import load
+from lra.run import new_record
+from lra.tasks.base import Prepared, Split
+from lra.train import Trainer
+
+BATCH, LENGTH, DIM, HEADS, HIDDEN, CLASSES = 32, 2048, 64, 2, 128, 10
+
+
+class BareBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(DIM) for _ in range(2))
+        self.qkv = nn.Linear(DIM, 3 * DIM)
+        self.out = nn.Linear(DIM, DIM)
+        self.ffn = nn.Sequential(
+            nn.Linear(DIM, HIDDEN),
+            nn.GELU(),
+            nn.Dropout(0.1),
+            nn.Linear(HIDDEN, DIM),
+            nn.Dropout(0.1),
+        )
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.norms[0](x)).view(*x.shape[:2], 3, HEADS, -1).unbind(2)
+        y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        x = x + F.dropout(self.out(y.transpose(1, 2).flatten(2)), 0.1)
+        return x + self.ffn(self.norms[1](x))
+
+
+class Bare(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.tokens = nn.Embedding(32, DIM)
+        self.positions = nn.Parameter(0.02 * torch.randn(LENGTH, DIM))
+        self.blocks = nn.Sequential(BareBlock(), BareBlock())
+        self.norm = nn.LayerNorm(DIM)
+        self.head = nn.Sequential(nn.Linear(DIM, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, CLASSES))
+
+    def forward(self, tokens):
+        x = F.dropout(self.tokens(tokens) + self.positions, 0.1)
+        return self.head(self.norm(self.blocks(x)).mean(1))
+
+
+def bare_step():
+    model = Bare()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    tokens, labels = torch.randint(1, 16, (BATCH, LENGTH)), torch.randint(0, CLASSES, (BATCH,))
+
+    def step():
+        F.cross_entropy(model(tokens), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def filled():
+    """Examples that fill all positions."""
+    random = np.random.default_rng(0)
+
+    def split(n):
+        tokens = random.integers(1, 16, n * LENGTH, dtype=np.uint8)
+        labels = random.integers(0, CLASSES, n, dtype=np.uint8)
+        return Split(tokens, np.arange(n + 1) * LENGTH, labels)
+
+    return Prepared({"train": split(256), "val": split(8), "test": split(8)}, {})
+
+
+def harness_step(prepared, *overrides):
+    class NoStop:
+        signal = None
+
+    config = load(["protocol=nystrom", "tracker=none", *overrides])
+    prepared = prepared or config.build_task().prepare()
+    folder = Path(tempfile.mkdtemp())
+    trainer = Trainer(config, new_record(config), prepared, folder, torch.device("cpu"), NoStop())
+    return trainer._step
+
+
+def compare(title, reference, steps, rounds, profiled):
+    for step in steps.values():
+        step()
+    seconds = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            seconds[name].append(time.perf_counter() - start)
+    base = median(seconds[reference])
+    print(f"\n{title}; median, spread of {rounds} steps; speed in multiples of {reference}")
+    for name, taken in seconds.items():
+        middle = median(taken)
+        spread = f"{min(taken):.3f} to {max(taken):.3f}"
+        print(f"  {name:<34} {middle:7.3f} s  ({spread})  {base / middle:5.2f}")
+    for name, step in steps.items() if profiled else ():
+        with profile() as spent:
+            step()
+        print(f"\nwhere {name} spends its time")
+        print(spent.key_averages().table(sort_by="self_cpu_time_total", row_limit=12))
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--profile", action="store_true")
+    given = parser.parse_args()
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32, batch {BATCH}")
+
+    dry = "model.attention_dropout=0"
+    relu = ("attention=linear", "attention.feature=relu")
+    full = filled()
+    compare(
+        f"all {LENGTH} positions filled",
+        "softmax, no attention dropout",
+        {
+            "bare SDPA, no attention dropout": bare_step(),
+            "softmax, no attention dropout": harness_step(full, dry),
+            "softmax (attention dropout 0.1)": harness_step(full),
+            "cosformer": harness_step(full, "attention=cosformer"),
+            "linear (relu)": harness_step(full, *relu),
+        },
+        given.rounds,
+        given.profile,
+    )
+    whole = "micro_batches=1"
+    compare(
+        "real lengths, mean 1,035; `whole`: padded to the batch's longest",
+        "softmax, no attention dropout",
+        {
+            "softmax, no attention dropout": harness_step(None, dry),
+            "softmax, no attention dropout, whole": harness_step(None, dry, whole),
+            "softmax (attention dropout 0.1)": harness_step(None),
+            "cosformer": harness_step(None, "attention=cosformer"),
+            "cosformer, whole": harness_step(None, "attention=cosformer", whole),
+            "linear (relu)": harness_step(None, *relu),
+        },
+        given.rounds,
+        given.profile,
+    )
+
+
+if __name__ == "__main__":
+    main()
