@@ -2,7 +2,7 @@
 
 import json
 import math
-import pickle
+import zipfile
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -85,10 +85,13 @@ def load(folder: Path, run_hash: str) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is not None:  # torch.load checks no sums
+                raise ValueError("checksum mismatch")
         content = torch.load(path, map_location="cpu", weights_only=True)
         values = content["state"]
         content["state"] = State(**values | {"timed": Timed(**values["timed"])})
-    except (RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # a damaged pickle can raise anything
         raise ValueError(
             f"{path} cannot be read ({type(error).__name__}). Delete it or pass reuse=never to "
             f"start the run over."

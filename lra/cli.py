@@ -46,15 +46,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     LOG.propagate = False
     try:
         code = _train(arguments[1:]) if arguments[:1] == ["train"] else _other(arguments)
+        sys.stdout.flush()
     except ValueError as error:
         print(f"lra: {error}", file=sys.stderr)
         code = 2
-    except KeyboardInterrupt:
-        code = 130
     except BrokenPipeError:
         # The reader of our output has gone (`lra ls | head`); nothing is left to say.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    except OSError as error:
+        print(f"lra: {error.strerror}: {error.filename}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        code = 130
     finally:
         LOG.removeHandler(handler)
     sys.exit(code)
@@ -107,7 +111,10 @@ def _other(arguments: list[str]) -> int:
     command = commands.add_parser("data", help="say what data is there, or prepare a task's")
     command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="task=NAME prepares it")
     command = commands.add_parser("ls", help="list tasks, attentions and protocols")
-    given = parser.parse_args(arguments)
+    try:
+        given = parser.parse_args(arguments)
+    except SystemExit as end:  # after --help or a mistake, which argparse has told
+        return int(end.code or 0)
     if given.command == "eval":
         return _evaluate(given.folder)
     if given.command == "report":

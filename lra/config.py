@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lra.files import short_hash
 from lra.tasks import TASKS, build_task
 from lra.typed import from_mapping, unknown
-from models.attention import ATTENTIONS, default_options
+from models.attention import ATTENTIONS
 
 if TYPE_CHECKING:
     from lra.tasks.base import Task
@@ -175,10 +175,9 @@ class RunConfig:
 
     def build_task(self) -> "Task":
         """Builds the task; its data is not touched."""
-        options = {key: value for key, value in self.task.items() if key != "name"}
         return build_task(
             self.task["name"],
-            options,
+            _options(self.task),
             data_dir=Path(self.data_dir),
             cache_dir=cache_dir(self.cache_dir),
         )
@@ -186,7 +185,7 @@ class RunConfig:
     @property
     def attention_options(self) -> dict[str, Any]:
         """The attention's options without its name."""
-        return {key: value for key, value in self.attention.items() if key != "name"}
+        return _options(self.attention)
 
     def identity(self, precision: str, device_kind: str) -> dict[str, Any]:
         """Returns all that changes a run's result, apart from its seed.
@@ -247,12 +246,16 @@ def load_sweep(overrides: Iterable[str]) -> list[RunConfig]:
         ValueError: One message with every problem of any run.
     """
     overrides = list(overrides)
+    configs, problems = [], []
     with _composer(overrides) as composer:
-        jobs = composer.jobs(overrides)
-        problems = list(dict.fromkeys(p for job in jobs for p in composer.problems(job)))
-        if problems:
-            raise ValueError("\n".join(problems))
-        return [composer.config(job) for job in jobs]
+        for job in composer.jobs(overrides):
+            try:
+                configs.append(composer.config(job))
+            except ValueError as error:
+                problems += str(error).splitlines()
+    if problems:
+        raise ValueError("\n".join(dict.fromkeys(problems)))
+    return configs
 
 
 class _Composer:
@@ -266,13 +269,14 @@ class _Composer:
         self.parser = OverridesParser.create(config_loader=self.loader)
 
     def parse(self, overrides: Iterable[str]) -> list[Any]:
-        from hydra.errors import OverrideParseException
+        from hydra.errors import HydraException
 
         try:
             return self.parser.parse_overrides(list(overrides))
-        except OverrideParseException as error:
+        except HydraException as error:
+            given = getattr(error, "override", " ".join(overrides))
             raise ValueError(
-                f"Cannot read '{error.override}': write key=value, quote lists and spaces for the "
+                f"Cannot read '{given}': write key=value, and quote lists and spaces for the "
                 f"shell, as in 'plugins=[my_module]'."
             ) from None
 
@@ -289,54 +293,63 @@ class _Composer:
                 choices.append([override.input_line])
         return [list(job) for job in itertools.product(*choices)]
 
-    def problems(self, overrides: list[str]) -> Iterator[str]:
-        """Yields what is wrong with names, options and keys of one run's overrides."""
-        parsed = self.parse(overrides)
-        groups = [o for o in parsed if o.key_or_group in GROUPS]
-        wrong = False
-        for override in groups:
-            options = self.loader.get_group_options(override.key_or_group)
-            if override.value() not in options:
-                wrong = True
-                yield unknown(override.key_or_group, str(override.value()), options)
-        if wrong:
-            return
-        chosen = dict(_flatten(self.compose([o.input_line for o in groups])))
-        keys = [key for key in chosen if not key.endswith(".name")]
-        for override in parsed:
-            name = override.key_or_group
-            if not (name in keys or name in GROUPS or name.startswith(("hydra.", "hydra/"))):
-                section = name.rpartition(".")[0]
-                siblings = [key for key in keys if key.rpartition(".")[0] == section]
-                yield unknown("key", name, siblings)
-
     def config(self, overrides: list[str]) -> RunConfig:
-        """Returns the typed configuration of one run."""
-        composed = self.compose(overrides)
-        groups = [o.input_line for o in self.parse(overrides) if o.key_or_group in GROUPS]
-        protocol = dict(_flatten(self.compose(groups)))
-        modified = {
-            key: [protocol.get(key), value]
-            for key, value in _flatten(composed)
-            if key.partition(".")[0] in PROTOCOL_SECTIONS and protocol.get(key) != value
-        }
-        config = from_mapping(RunConfig, composed, "")
-        config.modified.update(modified)
-        task = config.build_task()
-        from_mapping(
-            ATTENTIONS.get(config.attention["name"]).Config,
-            config.attention_options,
-            "attention",
-        )
-        _require(
+        """Returns the typed configuration of one run.
+
+        Raises:
+            ValueError: One message with every problem: names, keys, types and values.
+        """
+        sound, problems = self._sound(self.parse(overrides))
+        composed = self.compose([o.input_line for o in sound])
+        protocol = self.compose([o.input_line for o in sound if o.key_or_group in GROUPS])
+        with _collecting(problems):
+            options = _options(composed["task"])
+            task = from_mapping(TASKS.get(composed["task"]["name"]).Config, options, "task")
+            composed["task"] |= asdict(task)
+        with _collecting(problems):
+            name, options = composed["attention"]["name"], _options(composed["attention"])
+            attention = from_mapping(ATTENTIONS.get(name).Config, options, "attention")
+            composed["attention"] |= asdict(attention)
+        with _collecting(problems):
+            config = from_mapping(RunConfig, composed, "")
+        if not problems:
+            with _collecting(problems):
+                _check_fit(config)
+        if problems:
+            raise ValueError("\n".join(problems))
+        asked = dict(_flatten(protocol))
+        config.modified.update(
             {
-                f"model.max_len is {config.model.max_len}, but {task.name} has examples of up to "
-                f"{task.max_len} tokens": config.model.max_len >= task.max_len,
-                f"model.vocab_size is {config.model.vocab_size}, but {task.name} has "
-                f"{task.vocab_size} token ids": config.model.vocab_size >= task.vocab_size,
+                key: [asked.get(key), value]
+                for key, value in _flatten(composed)
+                if key.partition(".")[0] in PROTOCOL_SECTIONS and asked.get(key) != value
             }
         )
         return config
+
+    def _sound(self, overrides: list[Any]) -> tuple[list[Any], list[str]]:
+        """Returns the overrides of names and keys that exist, and what is wrong with the others."""
+        problems, wrong = [], []
+        for override in overrides:
+            if override.key_or_group in GROUPS:
+                options = self.loader.get_group_options(override.key_or_group)
+                if override.value() not in options:
+                    problems.append(unknown(override.key_or_group, str(override.value()), options))
+                    wrong.append(override)
+        groups = [o for o in overrides if o.key_or_group in GROUPS and o not in wrong]
+        chosen = dict(_flatten(self.compose([o.input_line for o in groups])))
+        keys = [key for key in chosen if not key.endswith(".name")]
+        open_sections = {o.key_or_group for o in wrong}  # nobody knows what they would hold
+        for override in overrides:
+            name = override.key_or_group
+            section = name.rpartition(".")[0]
+            if section in open_sections:
+                wrong.append(override)
+            elif not (name in keys or name in GROUPS or name.startswith(("hydra.", "hydra/"))):
+                siblings = [key for key in keys if key.rpartition(".")[0] == section]
+                problems.append(unknown("key", name, siblings))
+                wrong.append(override)
+        return [o for o in overrides if o not in wrong], problems
 
     def compose(self, overrides: list[str]) -> dict[str, Any]:
         """Returns the composed configuration as plain containers."""
@@ -378,22 +391,70 @@ def store_groups(overrides: list[str]) -> None:
         ValueError: If a plugin cannot be imported.
     """
     from hydra.core.config_store import ConfigStore
-    from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    named = [o for o in overrides if o.startswith("plugins=")]
-    for override in OverridesParser.create().parse_overrides(named):
-        sys.path.insert(0, os.getcwd())
-        for module in override.value():
-            try:
-                importlib.import_module(str(module))
-            except ImportError as error:
-                raise ValueError(f"plugins: cannot import '{module}': {error}.") from None
+    for module in _plugins(overrides):
+        if os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # whatever a user's module does when it is imported
+            raise ValueError(
+                f"plugins: cannot import '{module}': {type(error).__name__}: {error}"
+            ) from error
     store = ConfigStore.instance()
-    for name in ATTENTIONS.names():
-        store.store(group="attention", name=name, node={"name": name} | default_options(name))
-    for name in TASKS.names():
-        options = asdict(TASKS.get(name).Config())
-        store.store(group="task", name=name, node={"name": name} | options)
+    for group, registry in (("attention", ATTENTIONS), ("task", TASKS)):
+        for name in registry.names():
+            try:
+                options = asdict(registry.get(name).Config())
+            except ValueError:  # told when it is chosen; the others are not to suffer
+                options = {}
+            store.store(group=group, name=name, node={"name": name} | options)
+
+
+def _plugins(overrides: list[str]) -> list[str]:
+    """Returns the modules that ``plugins=[...]`` names; they come before all other overrides."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    named = [o for o in overrides if o.lstrip("+~").startswith("plugins=")]
+    modules: list[str] = []
+    for text in named:
+        try:
+            override = OverridesParser.create().parse_override(text)
+            value = None if override.is_sweep_override() else override.value()
+        except HydraException:
+            value = None
+        if not isinstance(value, list):
+            raise ValueError(
+                f"'{text}' is no list of modules: write 'plugins=[my_module,my_package.attention]'."
+            )
+        modules += map(str, value)
+    return modules
+
+
+def _options(section: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in section.items() if key != "name"}
+
+
+def _check_fit(config: RunConfig) -> None:
+    """Checks that the model takes the task's examples."""
+    task = config.build_task()
+    _require(
+        {
+            f"model.max_len is {config.model.max_len}, but {task.name} has examples of up to "
+            f"{task.max_len} tokens": config.model.max_len >= task.max_len,
+            f"model.vocab_size is {config.model.vocab_size}, but {task.name} has "
+            f"{task.vocab_size} token ids": config.model.vocab_size >= task.vocab_size,
+        }
+    )
+
+
+@contextmanager
+def _collecting(problems: list[str]) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        problems += str(error).splitlines()
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

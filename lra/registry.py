@@ -83,18 +83,28 @@ class Registry(Generic[T]):
         """Returns the class registered under ``name``, importing its module if need be.
 
         Raises:
-            ValueError: If there is no such name; the message has the near match and all names.
+            ValueError: If there is no such name (the message has the near match and all names),
+                or if the package that offers it cannot be imported.
         """
         if name not in self._entries:
             if name in self._files():
                 importlib.import_module(f"{self.package}.{name}")
             elif name in self._points():
-                self._points()[name].load()
+                self._load(self._points()[name])
             else:
                 raise ValueError(unknown(self.kind, name, self.names()))
         if name not in self._entries:
             raise ValueError(f"The module of {self.kind} '{name}' does not register that name.")
         return self._entries[name]
+
+    def _load(self, point: importlib.metadata.EntryPoint) -> None:
+        try:
+            point.load()
+        except Exception as error:  # whatever another package does when it is imported
+            raise ValueError(
+                f"The package that offers {self.kind} '{point.name}' cannot be imported from "
+                f"{point.value}: {type(error).__name__}: {error}"
+            ) from error
 
     def _files(self) -> dict[str, Path]:
         spec = importlib.util.find_spec(self.package)

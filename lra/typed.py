@@ -93,10 +93,13 @@ def _convert(hint: Any, value: Any, where: str) -> tuple[Any, list[str]]:
                 for index, (option, item) in enumerate(zip(inner, value, strict=True))
             ]
             return origin(item for item, _ in pairs), [p for _, found in pairs for p in found]
-    elif hint is Any or (origin is dict and isinstance(value, Mapping)):
+    elif hint is Any or (dict in (hint, origin) and isinstance(value, Mapping)):
         return value, []
     elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value), []
+        try:
+            return float(value), []
+        except OverflowError:
+            return None, [f"{where} is too large for a float."]
     elif hint in (bool, int, str) and type(value) is hint:
         return value, []
     name = getattr(hint, "__name__", None) if origin is None else None

@@ -44,15 +44,19 @@ def write(runs: Path, out: Path) -> int:
 def read(runs: Path) -> list[Record]:
     """Returns the records below ``runs`` in the order of their folders.
 
-    A file that is no record is named on standard error and left out.
+    A file that is no record is named on standard error and left out. Of several records of the
+    same run, as copies of a folder have, the latest counts.
     """
-    found = []
+    found: dict[tuple[str, str, int], Record] = {}
     for path in sorted(runs.rglob("record.json")):
         try:
             loaded = record.load(path.parent)
         except ValueError as error:
             print(f"left out: {error}", file=sys.stderr)
             continue
-        if loaded is not None:
-            found.append(loaded)
-    return found
+        if loaded is None:
+            continue
+        run = (loaded.protocol, loaded.hash, loaded.seed)
+        if run not in found or found[run].started < loaded.started:
+            found[run] = loaded
+    return list(found.values())

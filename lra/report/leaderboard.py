@@ -45,18 +45,18 @@ class Leaderboard:
     def __init__(self, records: Sequence[Record]) -> None:
         self.protocol = records[0].protocol
         self.records = records
-        tables: dict[tuple[str, int, str], list[Record]] = {}
+        tables: dict[tuple[str, int, str, str], list[Record]] = {}
         for r in records:
-            key = (r.task["name"], r.task["version"], r.task["fingerprint"])
+            task = r.task
+            key = (task["name"], task["version"], task["fingerprint"], _data(r, records))
             tables.setdefault(key, []).append(r)
-        self.tables = {key: _rows(group) for key, group in sorted(tables.items())}
+        self.tables = {key: (group, _rows(group)) for key, group in sorted(tables.items())}
 
     def markdown(self) -> str:
         """Returns the tables as a Markdown document."""
         parts = [f"# Leaderboard, protocol {self.protocol}"]
-        for (task, version, fingerprint), rows in self.tables.items():
-            parts.append(f"## {task}\n")
-            parts[-1] += _data_line(self._of(fingerprint), version, fingerprint)
+        for (task, version, _, data), (records, rows) in self.tables.items():
+            parts.append(f"## {task}\n" + _data_line(records, version, data))
             parts.append(_markdown_table(rows))
             conditions = {row["conditions"] for row in rows if "conditions" in row}
             if len(conditions) == 1:
@@ -73,13 +73,10 @@ class Leaderboard:
         frame = pd.DataFrame(
             {"protocol": self.protocol, "task": task, "task_version": version, "data": data}
             | {key: value for key, value in row.items() if key != "marks"}
-            for (task, version, data), rows in self.tables.items()
+            for (task, version, _, data), (_, rows) in self.tables.items()
             for row in rows
         )
         return frame.convert_dtypes().to_csv(index=False, lineterminator="\n")
-
-    def _of(self, fingerprint: str) -> list[Record]:
-        return [r for r in self.records if r.task["fingerprint"] == fingerprint]
 
     def _origin(self) -> str:
         """Returns how the tables were made: records, code, packages, dates."""
@@ -94,6 +91,17 @@ class Leaderboard:
             f"Made by `lra report` from {len(self.records)} records of {dates}; torch "
             f"{', '.join(sorted(torch))}; code {', '.join(sorted(commits))}."
         )
+
+
+def _data(r: Record, records: Sequence[Record]) -> str:
+    """Returns the hash of a record's data; of a run that ended before it had any, its siblings'."""
+    known = [r, *records] if "data_hash" in r.task else records
+    hashes = (
+        one.task["data_hash"]
+        for one in known
+        if one.task["fingerprint"] == r.task["fingerprint"] and "data_hash" in one.task
+    )
+    return next(hashes, r.task["fingerprint"])
 
 
 def _rows(records: Sequence[Record]) -> list[dict[str, Any]]:
@@ -121,47 +129,48 @@ def _rows(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 def _row(records: Sequence[Record]) -> dict[str, Any]:
     """Returns the figures of one setting over its seeds."""
-    first = records[0]
     done = [r for r in records if r.status == "ok" and r.test is not None]
+    failed = [r for r in records if r.status != "ok"]
+    first = (done or list(records))[0]
     options = "".join(f" {key}={value}" for key, value in first.attention["non_default"].items())
     modified = ", ".join(f"{key}={value[1]}" for key, value in first.modified.items())
+    conditions = sorted({_conditions(r) for r in done or records})
     row: dict[str, Any] = {
         "kind": "attention",
         "name": first.attention["name"] + options + (f" ({modified})" if modified else ""),
         "accuracy": None,
-        "sd": None,
-        "low": None,
-        "high": None,
-        "n": None,
         "seeds": len(done),
-        "status": ", ".join(sorted({r.status for r in records if r.status != "ok"})) or "ok",
+        "status": ", ".join(sorted({r.status for r in failed})) or "ok",
         "parameters": first.parameters,
         "ratio": _ratio(first),
-        "conditions": _conditions(first),
+        "conditions": "; ".join(conditions),
         "hash": first.hash,
         "marks": MODIFIED if modified else "",
     }
     if row["ratio"] and row["ratio"] > 1.1:
         row["marks"] += LARGER
-    if not done:
+    scores = [r.test for r in done if r.test]
+    if not scores:
         return row
-    scores = [100 * r.test.accuracy for r in done if r.test]
-    speeds = [r.throughput for r in done if r.throughput]
-    memory = [r.peak_memory_bytes for r in done if r.peak_memory_bytes]
     row |= {
-        "accuracy": mean(scores),
-        "sd": stdev(scores) if len(scores) > 1 else None,
-        "low": 100 * mean(r.test.low for r in done if r.test),
-        "high": 100 * mean(r.test.high for r in done if r.test),
-        "n": done[0].test.n if done[0].test else None,
-        "train_seconds": mean(r.train_seconds for r in done),
-        "evaluation_seconds": mean(r.evaluation_seconds for r in done),
-        "steps_per_second": mean(s.steps_per_second for s in speeds) if speeds else None,
-        "tokens_per_second": mean(s.tokens_per_second for s in speeds) if speeds else None,
-        "peak_megabytes": mean(memory) / 1e6 if memory else None,
+        "accuracy": 100 * mean(score.accuracy for score in scores),
+        "sd": 100 * stdev(score.accuracy for score in scores) if len(scores) > 1 else None,
+        "low": 100 * mean(score.low for score in scores),
+        "high": 100 * mean(score.high for score in scores),
+        "n": scores[0].n,
     }
     if row["low"] <= 100 * first.task["baselines"]["majority class"]:
         row["marks"] += NOT_LEARNED
+    if len(conditions) == 1:  # figures of two devices have no mean
+        speeds = [r.throughput for r in done if r.throughput]
+        memory = [r.peak_memory_bytes for r in done if r.peak_memory_bytes]
+        row |= {
+            "train_seconds": mean(r.train_seconds for r in done),
+            "evaluation_seconds": mean(r.evaluation_seconds for r in done),
+            "steps_per_second": mean(s.steps_per_second for s in speeds) if speeds else None,
+            "tokens_per_second": mean(s.tokens_per_second for s in speeds) if speeds else None,
+            "peak_megabytes": mean(memory) / 1e6 if memory else None,
+        }
     return row
 
 
@@ -221,13 +230,14 @@ def _cells(row: dict[str, Any]) -> list[str]:
             accuracy += f" ± {row['sd']:.2f}"
     elif "status" in row:
         accuracy = "✗ " + row["status"]
+    seeds = _format("{}", row.get("seeds"))
+    if row.get("seeds") and row["status"] != "ok":
+        seeds += f" (others: {row['status']})"
     shown = {
         "name": f"*{row['name']}*" if row["kind"] == "rule" else row["name"] + row["marks"],
         "accuracy": accuracy,
-        "interval": _format(
-            "{0[0]:.1f} to {0[1]:.1f}", row.get("low") and (row["low"], row["high"])
-        ),
-        "seeds": _format("{}", row.get("seeds")),
+        "interval": _format("{:.1f} to {:.1f}", row.get("low"), row.get("high")),
+        "seeds": seeds,
         "parameters": _format("{:,}", row.get("parameters")),
         "ratio": _format("{:.3f}", row.get("ratio")),
         "train": _format("{:,.0f}", row.get("train_seconds")),

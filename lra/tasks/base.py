@@ -3,7 +3,6 @@
 import abc
 import contextlib
 import dataclasses
-import errno
 import json
 import os
 import shutil
@@ -132,7 +131,11 @@ class Task(abc.ABC):
         """
         state, reason = self.state()
         if state != "found":
-            with self._building(), locked(self.folder.with_suffix(".lock"), wait=True):
+            lock = self.folder.with_suffix(".lock")
+            with self._writing():
+                self.cache_dir.mkdir(parents=True, exist_ok=True)
+                lock.touch()
+            with locked(lock, wait=True):
                 state, reason = self.state()
                 if state == "damaged":
                     print(f"Prepared {self.name} data is rebuilt: {reason}.", file=sys.stderr)
@@ -156,25 +159,29 @@ class Task(abc.ABC):
             return "missing", f"no folder {self.folder}"
         try:
             files = json.loads(path.read_text())["files"]
+            expected = {
+                self.folder / f"{name}.arrow": (
+                    files[f"{name}.arrow"]["bytes"],
+                    files[f"{name}.arrow"]["sha256"],
+                )
+                for name in SPLITS
+            }
         except (OSError, ValueError, KeyError, TypeError):
             return "damaged", f"{path} cannot be read"
-        for name, expected in files.items():
-            file = self.folder / name
-            size = file.stat().st_size if file.is_file() else -1
-            if size != expected["bytes"]:
-                return "damaged", f"{file} has {size} bytes, not {expected['bytes']}"
-            if hashes and file_hash(file) != expected["sha256"]:
+        for file, (size, sha256) in expected.items():
+            found = file.stat().st_size if file.is_file() else -1
+            if found != size:
+                return "damaged", f"{file} has {found} bytes, not {size}"
+            if hashes and file_hash(file) != sha256:
                 return "damaged", f"{file} has not the content it was written with"
         return "found", str(self.folder)
 
     @contextlib.contextmanager
-    def _building(self) -> Iterator[None]:
-        """Turns a full or read-only disk into one message."""
+    def _writing(self) -> Iterator[None]:
+        """Turns a place that cannot be written to into one message."""
         try:
             yield
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-                raise
             raise ValueError(
                 f"Prepared {self.name} data cannot be written to {self.cache_dir}: "
                 f"{error.strerror}. Make room there or set cache_dir=FOLDER."
@@ -182,22 +189,28 @@ class Task(abc.ABC):
 
     def _build_folder(self) -> None:
         """Builds beside the final folder and renames; the caller holds the lock."""
-        for stale in self.cache_dir.glob(f"{self.folder.name}.tmp-*"):
-            shutil.rmtree(stale)
-        shutil.rmtree(self.folder, ignore_errors=True)
-        splits = self.build()
-        temporary = Path(tempfile.mkdtemp(dir=self.cache_dir, prefix=f"{self.folder.name}.tmp-"))
+        with self._writing():
+            for stale in self.cache_dir.glob(f"{self.folder.name}.tmp-*"):
+                shutil.rmtree(stale)
+            shutil.rmtree(self.folder, ignore_errors=True)
+            prefix = f"{self.folder.name}.tmp-"
+            temporary = Path(tempfile.mkdtemp(dir=self.cache_dir, prefix=prefix))
         try:
-            for name in SPLITS:
-                _write(temporary / f"{name}.arrow", splits[name])
-            manifest = self._manifest(splits, temporary)
-            write_text(temporary / "manifest.json", json.dumps(manifest, indent=1))
-            os.replace(temporary, self.folder)
+            splits = self.build()
+            baselines = self.baselines(splits)
+            with self._writing():
+                for name in SPLITS:
+                    _write(temporary / f"{name}.arrow", splits[name])
+                manifest = self._manifest(splits, baselines, temporary)
+                write_text(temporary / "manifest.json", json.dumps(manifest, indent=1))
+                os.replace(temporary, self.folder)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
 
-    def _manifest(self, splits: Mapping[str, Split], folder: Path) -> dict[str, Any]:
+    def _manifest(
+        self, splits: Mapping[str, Split], baselines: Mapping[str, float], folder: Path
+    ) -> dict[str, Any]:
         files = {
             f"{name}.arrow": {
                 "bytes": (folder / f"{name}.arrow").stat().st_size,
@@ -223,7 +236,7 @@ class Task(abc.ABC):
             "splits": sizes,
             "baselines": {
                 "majority class": float(np.mean(test_labels == majority)),
-                **self.baselines(splits),
+                **baselines,
             },
             "files": files,
             "hash": short_hash({name: file["sha256"] for name, file in files.items()}, 16),

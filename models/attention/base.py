@@ -191,7 +191,9 @@ class Attention(nn.Module, abc.ABC):
         patterns = self.capabilities.patterns
         n, s = q.shape[-2], k.shape[-2]
         if causal and "causal" not in patterns:
-            raise ValueError(f"{self.name} has no causal form; it has {', '.join(patterns)}.")
+            raise ValueError(
+                f"{self.name} has no causal form; it has {', '.join(sorted(patterns))}."
+            )
         if causal and n != s:
             raise ValueError(f"Causal attention needs as many queries as keys, not {n} and {s}.")
         if n != s and "cross" not in patterns:

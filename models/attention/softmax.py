@@ -64,5 +64,5 @@ class Softmax(Attention):
             flops=self.num_heads * 4 * n * s * self.head_dim,
             activation_bytes=self.num_heads * 4 * n,
             parameters=0,
-            state_floats=2 * self.num_heads * s * self.head_dim,
+            state_floats=0,
         )

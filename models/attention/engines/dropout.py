@@ -16,6 +16,9 @@ from torch import Tensor
 
 from models.dropout import Draws
 
+MATRICES = 2
+"""Matrices of a block. Constant, since the blocks decide which draw falls on which weight."""
+
 BLOCK_BYTES = 2**20
 """Size of a block of weights: the few alive at a time stay in a CPU's cache."""
 
@@ -41,7 +44,9 @@ def softmax_dropout_attention(
         empty = ~key_mask.any(-1)
         bias = torch.zeros(key_mask.shape, dtype=torch.promote_types(q.dtype, torch.float32))
         bias.masked_fill_(~key_mask & ~empty[:, None], -torch.inf)
-    out = _SoftmaxDropout.apply(q, k, v, bias, Draws(dropout))
+    # Scores and weights are in float32 in both directions, whatever autocast says.
+    with torch.autocast("cpu", enabled=False):
+        out = _SoftmaxDropout.apply(q, k, v, bias, Draws(dropout))
     return out if empty is None else out.masked_fill(empty[:, None, None, None], 0.0)
 
 
@@ -68,13 +73,11 @@ class _Blocks:
         if bias is not None:
             self.bias = bias[:, None, None].expand(batch, heads, 1, s).reshape(-1, 1, s)
         self.draws = draws
-        # Two matrices at a time keep two threads of a batched product busy.
-        self.matrices = min(len(self.q), max(2, torch.get_num_threads()))
-        self.rows = max(1, min(n, BLOCK_BYTES // (4 * s * self.matrices)))
+        self.rows = max(1, min(n, BLOCK_BYTES // (4 * s * MATRICES)))
 
     def __iter__(self) -> Iterator["_Block"]:
-        for first in range(0, len(self.q), self.matrices):
-            group = slice(first, first + self.matrices)
+        for first in range(0, len(self.q), MATRICES):
+            group = slice(first, first + MATRICES)
             for row in range(0, self.q.shape[1], self.rows):
                 rows = slice(row, row + self.rows)
                 q, k = self.q[group, rows], self.k[group]

@@ -102,7 +102,7 @@ class KernelAttention(Attention, abc.ABC):
             flops=self.num_heads * 2 * (n + s) * f * (e + 1),
             activation_bytes=self.num_heads * 4 * ((n + s) * (f + e + 1) + f * (e + 1)),
             parameters=sum(p.numel() for p in self.parameters()),
-            state_floats=self.num_heads * f * (e + 1),
+            state_floats=0,
         )
 
     def _masked_features(

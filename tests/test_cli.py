@@ -1,0 +1,296 @@
+"""The command line as a user meets it: fast help, one-line errors, no tracebacks."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from lra.cli import main
+from lra.record import Record
+
+ROOT = Path(__file__).parents[1]
+
+FINISHED = Record(
+    hash="aaaaaaaa",
+    protocol="smoke",
+    modified={},
+    task={"name": "listops", "version": 1, "fingerprint": "f" * 12, "chance": 0.1},
+    attention={"name": "softmax", "options": {}, "non_default": {}},
+    seed=0,
+    config={},
+    command="lra train",
+    started="2025-01-01T00:00:00+00:00",
+    precision={"name": "fp32", "reason": "auto: CPU"},
+    device={"kind": "cpu", "name": "CPU", "threads": 2},
+    versions={"torch": "2.9.0"},
+    commit={"commit": "unknown", "dirty": None},
+    status="oom",
+)
+
+HEAVY = ("torch", "hydra", "omegaconf", "wandb", "datasets", "pandas", "numpy")
+
+
+@pytest.fixture
+def env(tmp_path):
+    inherited = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    return inherited | {
+        "PYTHONPATH": str(ROOT),
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+@pytest.fixture
+def lra(tmp_path, env):
+    """Runs `lra` in an empty folder."""
+    cwd = tmp_path / "cwd"
+    cwd.mkdir()
+
+    def run(*arguments, **options):
+        return subprocess.run(
+            [sys.executable, "-m", "lra", *arguments],
+            cwd=cwd,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+            **options,
+        )
+
+    run.cwd = cwd
+    return run
+
+
+class Done(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def called(tmp_path, monkeypatch, capsys):
+    """Calls `lra` in this process, where torch is loaded once; a traceback fails the test."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def call(*arguments):
+        with pytest.raises(SystemExit) as end:
+            main(arguments)
+        return Done(end.value.code, *capsys.readouterr())
+
+    call.cwd = tmp_path
+    return call
+
+
+def mistake(done):
+    """Returns what a mistake in the call is answered with."""
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    return done.stderr
+
+
+# Fast and light
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["ls"], ["train", "--help"]])
+def test_help_and_names_are_there_in_half_a_second(lra, arguments):
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        assert lra(*arguments).returncode == 0
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.5
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["ls"], ["train", "--help"], ["report", "-h"]])
+def test_help_and_names_load_none_of_the_large_packages(env, tmp_path, arguments):
+    script = (
+        "import json, sys\n"
+        "from lra.cli import main\n"
+        "try:\n"
+        "    main(sys.argv[1:])\n"
+        "except SystemExit as end:\n"
+        "    print(json.dumps([end.code, list(sys.modules)]), file=sys.stderr)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    code, modules = json.loads(done.stderr)
+    assert code == 0
+    assert {"lra.cli"} <= set(modules)
+    assert [name for name in HEAVY if name in modules] == []
+
+
+def test_help_names_every_command(lra):
+    text = lra("--help").stdout
+    assert [name for name in ("train", "eval", "report", "data", "ls") if name not in text] == []
+
+
+def test_help_of_train_tells_the_main_keys(lra):
+    text = lra("train", "--help").stdout
+    assert text.startswith("usage: lra train [-m] [KEY=VALUE ...]")
+    keys = ("task=", "attention=", "protocol=", "seed=", "device=", "precision=", "tracker=")
+    assert [key for key in keys if key not in text] == []
+
+
+def test_ls_lists_every_task_attention_and_protocol_with_a_line_on_each(lra):
+    lines = lra("ls").stdout.splitlines()
+    starts = [line.split()[0] for line in lines]
+    assert [line for line in lines if line.endswith("=")] == ["task=", "attention=", "protocol="]
+    names = {"listops", "softmax", "linear", "cosformer", "nystrom", "quick", "smoke"}
+    assert names <= set(starts)
+    assert [line for line in lines if line.startswith("  ") and len(line.split()) < 3] == []
+
+
+@pytest.mark.parametrize("arguments", [["ls"], ["--help"], ["train", "--help"]])
+def test_a_reader_that_has_gone_is_no_error(env, arguments):
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "lra", *arguments],
+            env=env,
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_ls_into_head_gives_a_line_and_no_error(env):
+    done = subprocess.run(
+        f"{shlex.quote(sys.executable)} -m lra ls | head -n 1",
+        shell=True,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert (done.stdout, done.stderr) == ("task=\n", "")
+
+
+# Mistakes
+
+
+def test_typing_errors_of_train_are_told_with_near_matches(lra):
+    text = mistake(lra("train", "task=listopz", "attention=sofmax", "protocol=quik"))
+    assert text.startswith("lra: Unknown task 'listopz'. Did you mean listops?")
+    assert "Unknown attention 'sofmax'. Did you mean softmax?" in text
+    assert "Unknown protocol 'quik'. Did you mean quick?" in text
+    assert len(text.splitlines()) == 3
+    assert list(lra.cwd.iterdir()) == []
+
+
+def test_one_typing_error_in_a_sweep_is_told_before_anything_runs(lra):
+    text = mistake(
+        lra("train", "-m", "protocol=smoke", "attention=softmax,cosfomer", "seed=0,1", "device=cpu")
+    )
+    assert text.startswith("lra: Unknown attention 'cosfomer'. Did you mean cosformer?")
+    assert list(lra.cwd.iterdir()) == []
+
+
+def test_several_runs_without_m_are_refused_with_what_to_type(called):
+    assert "lra train -m" in mistake(called("train", "protocol=smoke", "seed=0,1"))
+    assert list(called.cwd.iterdir()) == []
+
+
+def test_an_option_that_train_does_not_have_is_told(called):
+    text = mistake(called("train", "--epochs", "protocol=smoke"))
+    assert text == "lra: lra train has no option --epochs: it takes -m and key=value.\n"
+
+
+def test_a_device_that_is_not_there_is_told_and_leaves_nothing(called):
+    text = mistake(called("train", "protocol=smoke", "device=gpu"))
+    assert text.startswith("lra: device=gpu is no device")
+    assert list(called.cwd.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [[], ["trian"], ["trian", "task=listops"], ["ls", "extra"]])
+def test_an_unknown_command_or_argument_is_told_with_what_there_is(lra, arguments):
+    text = mistake(lra(*arguments))
+    assert text.startswith("usage: lra")
+    if arguments[:1] == ["trian"]:
+        assert "'trian'" in text
+        assert "train" in text.replace("trian", "")
+
+
+def test_a_report_without_runs_says_what_to_type(called):
+    text = mistake(called("report"))
+    assert text.startswith("lra: There is no record below runs")
+    assert "lra train" in text
+    assert list(called.cwd.iterdir()) == []
+
+
+@pytest.mark.parametrize("folder", [".", "not_there"])
+def test_eval_of_a_folder_without_a_run_says_what_is_missing(called, folder):
+    text = mistake(called("eval", folder))
+    assert text.startswith(f"lra: {folder} has no record.json")
+
+
+def test_a_runs_folder_that_cannot_be_made_is_told_without_a_traceback(called):
+    (called.cwd / "file").write_text("")
+    done = called("train", "protocol=smoke", "runs_dir=file/runs", "tracker=none", "device=cpu")
+    assert done.returncode in (1, 2)
+    assert "Traceback" not in done.stderr
+    assert "file/runs" in done.stdout + done.stderr
+
+
+def test_a_results_folder_that_cannot_be_made_is_told_without_a_traceback(called):
+    FINISHED.save(called.cwd / "runs" / "a")
+    (called.cwd / "file").write_text("")
+    done = called("report", "--out", "file/results")
+    assert done.returncode in (1, 2)
+    assert "file/results" in done.stderr
+
+
+# Data
+
+
+def test_data_tells_what_is_missing_and_the_command_it_names_makes_it(lra, called):
+    missing = lra("data", "protocol=smoke")
+    assert (missing.returncode, missing.stderr) == (1, "")
+    [line] = [line for line in missing.stdout.splitlines() if line.startswith("listops: ")]
+    assert line.startswith("listops: missing: no folder ")
+    program, *arguments = shlex.split(line.partition("run: ")[2])
+    assert (program, arguments) == ("lra", ["data", "task=listops", "protocol=smoke"])
+    made = called(*arguments)
+    assert made.returncode == 0
+    assert made.stdout.startswith("listops: ready in ")
+    found = called("data", "protocol=smoke")
+    assert "listops: found: " in found.stdout
+    assert "run: lra data task=listops" not in found.stdout
+
+
+def test_data_tells_what_is_damaged_and_the_command_that_mends_it(called):
+    assert called("data", "task=listops", "protocol=smoke").returncode == 0
+    [file] = (called.cwd / "cache").rglob("val.arrow")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    done = called("data", "protocol=smoke")
+    assert done.returncode == 1
+    assert "listops: damaged: " in done.stdout
+    assert "val.arrow" in done.stdout
+    assert "run: lra data task=listops protocol=smoke" in done.stdout
+
+
+def test_a_typing_error_of_data_is_told(called):
+    text = mistake(called("data", "task=listopz"))
+    assert text.startswith("lra: Unknown task 'listopz'. Did you mean listops?")

@@ -1,0 +1,641 @@
+"""Configuration: what composes, what is refused and how, and what a run's identity is."""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from lra.config import ModelConfig, TrainConfig, conf_dir, load, load_sweep
+from lra.tasks import TASKS
+from lra.tasks.listops import ListOps
+from models.attention import ATTENTIONS, default_options
+
+ROOT = Path(__file__).parents[1]
+
+CELLS = sorted(
+    (path.stem, task.stem)
+    for path in (conf_dir() / "protocol").glob("*.yaml")
+    for task in path.with_suffix("").glob("*.yaml")
+)
+
+
+@pytest.fixture(autouse=True)
+def path_of_imports(monkeypatch):
+    """Keeps what `plugins=` adds to the import path out of other tests."""
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+
+
+def message(*overrides, of=load):
+    with pytest.raises(ValueError, match=r".") as error:
+        of(overrides)
+    return str(error.value)
+
+
+@cache
+def smoke():
+    return load(["protocol=smoke", "attention=linear"])
+
+
+# What composes
+
+
+def test_every_protocol_runs_some_task_and_the_three_shipped_ones_run_listops():
+    files = {path.stem for path in (conf_dir() / "protocol").glob("*.yaml")}
+    assert {protocol for protocol, _ in CELLS} == files
+    assert {("nystrom", "listops"), ("quick", "listops"), ("smoke", "listops")} <= set(CELLS)
+    assert {task for _, task in CELLS} <= set(TASKS.names())
+
+
+@pytest.mark.parametrize(("protocol", "task"), CELLS)
+def test_every_protocol_composes_with_its_tasks_and_every_attention(protocol, task):
+    configs = load_sweep([f"protocol={protocol}", f"task={task}", "attention=glob(*)"])
+    assert [config.attention["name"] for config in configs] == ATTENTIONS.names()
+    for config in configs:
+        assert config.protocol.name == protocol
+        assert config.task["name"] == task
+        assert config.attention_options == default_options(config.attention["name"])
+        assert config.modified == {}
+        assert config.build_task().max_len <= config.model.max_len
+
+
+def test_without_overrides_the_run_is_listops_with_softmax_under_nystrom():
+    config = load([])
+    names = (config.task["name"], config.attention["name"], config.protocol.name, config.seed)
+    assert names == ("listops", "softmax", "nystrom", 0)
+    assert (config.tracker, config.wandb.mode) == ("wandb", "offline")
+    assert (config.device, config.precision, config.micro_batches) == ("auto", "auto", "auto")
+
+
+def test_nystroms_listops_is_that_of_the_published_code():
+    config = load(["task=listops", "protocol=nystrom"])
+    assert dataclasses.asdict(config.train) == {
+        "steps": 5000,
+        "batch_size": 32,
+        "lr": 1e-4,
+        "schedule": "one_cycle",
+        "warmup_steps": 1000,
+        "weight_decay": 0.0,
+        "betas": (0.9, 0.999),
+        "eps": 1e-6,
+        "clip_norm": 0.0,
+        "eval_every": 50,
+        "tested": "best",
+    }
+    assert dataclasses.asdict(config.model) == {
+        "layers": 2,
+        "dim": 64,
+        "heads": 2,
+        "head_dim": 32,
+        "ffn_dim": 128,
+        "classifier_dim": 128,
+        "vocab_size": 32,
+        "max_len": 2048,
+        "dropout": 0.1,
+        "attention_dropout": 0.1,
+        "pooling": "mean_all",
+    }
+    task = config.build_task().config
+    assert (task.num_train, task.num_val, task.num_test) == (96_000, 2_000, 2_000)
+    assert (task.min_length, task.max_length, task.max_depth, task.max_args) == (500, 2000, 10, 10)
+
+
+def test_overrides_of_every_section_arrive():
+    config = load(
+        [
+            "attention=linear",
+            "attention.feature=relu",
+            "protocol=smoke",
+            "task.num_train=50",
+            "model.layers=3",
+            "train.lr=0.01",
+            "train.betas=[0.8,0.9]",
+            "seed=7",
+            "device=cpu",
+            "precision=fp32",
+            "micro_batches=2",
+            "tracker=none",
+            "wandb.project=mine",
+            "runs_dir=elsewhere",
+        ]
+    )
+    assert config.attention == {"name": "linear", "feature": "relu"}
+    assert config.build_task().config.num_train == 50
+    assert (config.model.layers, config.train.lr, config.train.betas) == (3, 0.01, (0.8, 0.9))
+    assert (config.seed, config.device, config.precision) == (7, "cpu", "fp32")
+    assert (config.micro_batches, config.tracker) == (2, "none")
+    assert (config.wandb.project, config.runs_dir) == ("mine", "elsewhere")
+
+
+def test_the_order_of_overrides_does_not_matter():
+    overrides = ["protocol=smoke", "attention=linear", "attention.feature=relu", "seed=3"]
+    assert load(overrides) == load(overrides[::-1])
+
+
+# What is marked as modified
+
+
+def test_modified_lists_the_overridden_keys_of_the_protocol_and_nothing_else():
+    config = load(
+        [
+            "train.lr=1e-3",
+            "task.num_train=50",
+            "model.layers=3",
+            "model.dropout=0.1",  # the protocol's own value
+            "attention=linear",
+            "attention.feature=relu",
+            "seed=3",
+            "device=cpu",
+            "precision=fp32",
+            "micro_batches=2",
+            "runs_dir=elsewhere",
+            "tracker=none",
+        ]
+    )
+    assert config.modified == {
+        "train.lr": [1e-4, 1e-3],
+        "task.num_train": [96_000, 50],
+        "model.layers": [2, 3],
+    }
+
+
+def test_modified_compares_with_the_protocol_that_is_run():
+    config = load(["protocol=quick", "train.lr=1e-4", "train.steps=600", "train.betas=[0.5,0.999]"])
+    assert config.modified == {
+        "train.lr": [1e-3, 1e-4],
+        "train.betas": [[0.9, 0.999], [0.5, 0.999]],
+    }
+
+
+# What is refused
+
+
+NAMES = {
+    "task=listopz": ["Unknown task 'listopz'", "Did you mean listops?", "Allowed: "],
+    "attention=sofmax": ["Unknown attention 'sofmax'", "Did you mean softmax?", "linear"],
+    "protocol=quik": ["Unknown protocol 'quik'", "Did you mean quick?", "nystrom"],
+}
+KEYS = {
+    "sed=1": ["Unknown key 'sed'", "Did you mean seed?"],
+    "train.step=1": ["Unknown key 'train.step'", "Did you mean train.steps", "train.lr"],
+    "wandb.mod=online": ["Unknown key 'wandb.mod'", "Did you mean wandb.mode"],
+    "task.num_trian=5": ["Unknown key 'task.num_trian'", "Did you mean task.num_train"],
+    "modle.dim=5": ["Unknown key 'modle.dim'"],
+    "+train.extra=1": ["Unknown key 'train.extra'"],
+    "task.name=other": ["Unknown key 'task.name'"],
+    "protocol.name=other": ["Unknown key 'protocol.name'"],
+    "attention.feature=relu": ["Unknown key 'attention.feature'"],
+}
+TYPES = {
+    "train.steps=many": ["train.steps must be int, not str 'many'"],
+    "train.batch_size=2.5": ["train.batch_size must be int, not float 2.5"],
+    "train.eval_every=true": ["train.eval_every must be int, not bool True"],
+    "train.lr=fast": ["train.lr must be float, not str 'fast'"],
+    "train.betas=[0.9]": ["train.betas must be", "[0.9]"],
+    "seed=": ["seed must be int"],
+    "~data_dir": ["data_dir is not set"],
+    "device=null": ["device must be str"],
+    "micro_batches=some": ["micro_batches must be", "auto", "'some'"],
+    "model.pooling=mean_al": ["model.pooling", "'mean_al'", "Did you mean mean_all"],
+    "precision=fp61": ["precision", "'fp61'", "Allowed: auto, bf16, fp32"],
+    "tracker=wandbb": ["tracker", "'wandbb'", "Did you mean wandb?"],
+    "wandb.mode=ofline": ["wandb.mode", "'ofline'", "Did you mean offline"],
+}
+RANGES = {
+    "train.steps=0": ["train: steps", "must be at least 1"],
+    "train.lr=nan": ["train: lr must be positive"],
+    "train.eps=-1": ["train: weight_decay, eps and clip_norm must not be negative"],
+    "train.warmup_steps=-1": ["train: warmup_steps must lie in [0, steps)"],
+    "model.dropout=1": ["model: dropout must lie in [0, 1)"],
+    "model.attention_dropout=-0.1": ["model: attention_dropout must lie in [0, 1)"],
+    "model.layers=0": ["model: layers", "must be at least 1"],
+}
+RUN_RANGES = {
+    "micro_batches=0": ["micro_batches must be auto or at least 1"],
+    "seed=-1": ["seed must not be negative"],
+    "time_limit_minutes=-1": ["time_limit_minutes must not be negative"],
+    "checkpoint_seconds=-1": ["checkpoint_seconds must not be negative"],
+}
+DISAGREEMENTS = {
+    "model.max_len=1998": ["model.max_len is 1998", "listops", "1999 tokens"],
+    "model.vocab_size=15": ["model.vocab_size is 15", "listops", "16 token ids"],
+}
+
+
+@pytest.mark.parametrize(
+    "mistakes",
+    [
+        pytest.param(NAMES, id="names"),
+        pytest.param(KEYS, id="keys"),
+        pytest.param(TYPES, id="types"),
+        pytest.param(RANGES, id="ranges"),
+        pytest.param(RUN_RANGES, id="ranges of the run"),
+        pytest.param(DISAGREEMENTS, id="disagreements"),
+        pytest.param({"train.warmup_steps=5000": ["warmup_steps must lie in [0, steps)"]}, id="=="),
+        pytest.param({"train.lr=0": ["train: lr must be positive"]}, id="zero"),
+        pytest.param({"task.num_train=x": ["task.num_train must be int, not str 'x'"]}, id="task"),
+        pytest.param({"listops": ["Cannot read 'listops'", "key=value"]}, id="no assignment"),
+        pytest.param({"a=b=c": ["Cannot read 'a=b=c'", "key=value"]}, id="two assignments"),
+    ],
+)
+def test_every_mistake_of_a_call_is_a_line_that_says_what_is_wrong_and_what_is_allowed(mistakes):
+    lines = message(*mistakes).splitlines()
+    untold = [
+        override
+        for override, parts in mistakes.items()
+        if not any(all(part in line for part in parts) for line in lines)
+    ]
+    assert untold == []
+    assert len(lines) == len(mistakes)
+
+
+def test_an_interpolation_that_leads_nowhere_is_told():
+    text = message("runs_dir=${nothing}")
+    assert "'nothing'" in text
+    assert "runs_dir" in text
+
+
+def test_the_longest_example_and_the_last_token_id_just_fit():
+    load(["model.max_len=1999", "model.vocab_size=16"])
+
+
+def test_an_option_of_an_attention_is_checked_like_a_key():
+    text = message("attention=linear", "attention.feature=rellu")
+    assert text.startswith("attention.feature: Unknown value 'rellu'. Did you mean relu")
+    text = message("attention=linear", "attention.featur=relu")
+    assert text.startswith("Unknown key 'attention.featur'. Did you mean attention.feature?")
+
+
+def test_a_task_without_settings_under_a_protocol_is_told():
+    # The group of the protocol's tasks is asked for a task that it does not have.
+    from hydra.core.config_store import ConfigStore
+
+    load([])
+    store = ConfigStore.instance()
+    store.store(group="task", name="unheard", node={"name": "unheard"})
+    try:
+        text = message("task=unheard")
+    finally:
+        del store.repo["task"]["unheard.yaml"]
+    assert "nystrom" in text
+    assert "'unheard'" in text
+    assert "listops" in text
+
+
+def test_an_unknown_name_hides_no_unknown_key():
+    text = message("attention=sofmax", "train.lrr=1")
+    assert "Did you mean softmax?" in text
+    assert "train.lrr" in text
+
+
+def test_an_unknown_key_hides_no_value_of_the_wrong_type():
+    text = message("sed=1", "train.steps=many")
+    assert "Did you mean seed?" in text
+    assert "train.steps must be int" in text
+
+
+def test_wrong_values_of_run_task_and_attention_are_told_at_once():
+    text = message(
+        "train.steps=many", "task.num_train=some", "attention=linear", "attention.feature=rellu"
+    )
+    assert "train.steps must be int" in text
+    assert "task.num_train must be int" in text
+    assert "Did you mean relu" in text
+
+
+# Sweeps
+
+
+def test_a_sweep_is_every_combination_in_order():
+    configs = load_sweep(["attention=softmax,linear", "seed=0,1", "protocol=smoke"])
+    runs = [(config.attention["name"], config.seed) for config in configs]
+    assert runs == [("softmax", 0), ("softmax", 1), ("linear", 0), ("linear", 1)]
+    assert {config.protocol.name for config in configs} == {"smoke"}
+
+
+def test_a_glob_takes_the_names_that_match():
+    expected = [name for name in ATTENTIONS.names() if name.startswith("l")]
+    configs = load_sweep(["attention=glob(l*)"])
+    assert [config.attention["name"] for config in configs] == expected
+
+
+def test_a_glob_that_matches_nothing_is_told():
+    assert "glob(zz*)" in message("attention=glob(zz*)", of=load_sweep)
+
+
+def test_a_range_of_seeds_is_a_sweep():
+    assert [config.seed for config in load_sweep(["seed=range(0,3)"])] == [0, 1, 2]
+
+
+def test_load_refuses_a_sweep_and_says_what_to_type():
+    text = message("seed=0,1,2")
+    assert "3 runs" in text
+    assert "lra train -m" in text
+
+
+def test_one_bad_combination_refuses_the_whole_sweep_and_is_told_once():
+    lines = message("attention=softmax,cosfomer", "seed=0,1", of=load_sweep).splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("Unknown attention 'cosfomer'. Did you mean cosformer?")
+
+
+def test_an_option_that_only_some_attentions_have_refuses_the_sweep():
+    text = message("attention=softmax,linear", "attention.feature=relu", of=load_sweep)
+    assert text.startswith("Unknown key 'attention.feature'")
+
+
+def test_a_value_that_is_wrong_in_one_combination_refuses_the_whole_sweep():
+    text = message("train.warmup_steps=10,6000", "seed=0,1", of=load_sweep)
+    assert "warmup_steps must lie in [0, steps)" in text
+
+
+def test_wrong_values_of_several_combinations_are_told_at_once():
+    text = message("train.steps=many,6000", "model.dim=64,wide", of=load_sweep)
+    assert "'many'" in text
+    assert "'wide'" in text
+
+
+# Identity
+
+
+OTHER_MODEL = {
+    "layers": 3,
+    "dim": 17,
+    "heads": 3,
+    "head_dim": 9,
+    "ffn_dim": 33,
+    "classifier_dim": 17,
+    "vocab_size": 33,
+    "max_len": 65,
+    "dropout": 0.25,
+    "attention_dropout": 0.25,
+    "pooling": "mean_all",
+}
+OTHER_TRAIN = {
+    "steps": 21,
+    "batch_size": 17,
+    "lr": 0.25,
+    "schedule": "another",
+    "warmup_steps": 5,
+    "weight_decay": 0.25,
+    "betas": (0.9, 0.98),
+    "eps": 0.25,
+    "clip_norm": 0.25,
+    "eval_every": 6,
+    "tested": "last",
+}
+
+
+def identity(config):
+    return config.identity("fp32", "cpu")
+
+
+def replaced(config, section, name, value):
+    part = getattr(config, section)
+    assert getattr(part, name) != value
+    return dataclasses.replace(config, **{section: dataclasses.replace(part, **{name: value})})
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value"),
+    [
+        *(("model", name, value) for name, value in OTHER_MODEL.items()),
+        *(("train", name, value) for name, value in OTHER_TRAIN.items()),
+    ],
+)
+def test_every_setting_of_model_and_training_is_part_of_the_identity(section, name, value):
+    changed = replaced(smoke(), section, name, value)
+    assert changed.folder("fp32", "cpu") != smoke().folder("fp32", "cpu")
+
+
+def test_no_setting_of_model_and_training_is_forgotten_in_the_test_above():
+    assert OTHER_MODEL.keys() == {field.name for field in dataclasses.fields(ModelConfig)}
+    assert OTHER_TRAIN.keys() == {field.name for field in dataclasses.fields(TrainConfig)}
+
+
+@pytest.mark.parametrize("option", [field.name for field in dataclasses.fields(ListOps.Config)])
+def test_every_option_of_the_task_is_part_of_the_identity(option):
+    options = smoke().task
+    changed = dataclasses.replace(smoke(), task=options | {option: options[option] + 1})
+    assert changed.folder("fp32", "cpu") != smoke().folder("fp32", "cpu")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ["attention=softmax"],
+        ["attention=linear", "attention.feature=relu"],
+        ["attention=linear", "protocol=quick"],
+        ["attention=linear", "train.lr=2e-3"],
+        ["attention=linear", "model.dropout=0.2"],
+        ["attention=linear", "task.data_seed=1"],
+    ],
+)
+def test_overrides_that_change_the_result_change_the_folder(change):
+    changed = load(["protocol=smoke", *change]).folder("fp32", "cpu")
+    assert changed.name != smoke().folder("fp32", "cpu").name
+
+
+def test_precision_and_kind_of_device_are_part_of_the_identity():
+    config = smoke()
+    folders = {
+        config.folder(precision, device)
+        for precision in ("fp32", "bf16")
+        for device in ("cpu", "cuda")
+    }
+    assert len(folders) == 4
+
+
+def test_no_setting_outside_task_attention_protocol_model_and_train_is_part_of_the_identity():
+    config = load(
+        [
+            "protocol=smoke",
+            "attention=linear",
+            "seed=7",
+            "device=cpu",
+            "precision=fp32",
+            "micro_batches=2",
+            "time_limit_minutes=5",
+            "reuse=never",
+            "tracker=none",
+            "wandb.mode=online",
+            "wandb.project=mine",
+            "wandb.entity=me",
+            "data_dir=my_data",
+            "cache_dir=my_cache",
+            "runs_dir=my_runs",
+            "checkpoint_seconds=5",
+        ]
+    )
+    assert identity(config) == identity(smoke())
+    unchanged = {"task", "attention", "protocol", "model", "train", "plugins", "modified"}
+    for field in dataclasses.fields(config):
+        if field.name not in unchanged:
+            assert getattr(config, field.name) != getattr(smoke(), field.name), field.name
+
+
+def test_a_number_means_the_same_setting_however_it_is_written():
+    plain = load(["protocol=smoke", "train.weight_decay=1", "task.num_train=50"])
+    point = load(["protocol=smoke", "train.weight_decay=1.0e0", "task.num_train=5_0"])
+    assert plain.folder("fp32", "cpu") == point.folder("fp32", "cpu")
+
+
+def test_the_folder_says_protocol_task_attention_seed_and_hash():
+    config = load(["protocol=smoke", "attention=linear", "seed=12", "runs_dir=some/where"])
+    folder = config.folder("fp32", "cpu").as_posix()
+    assert re.fullmatch(r"some/where/smoke/listops/linear/s12-[0-9a-f]{8}", folder)
+
+
+def test_folders_of_two_seeds_share_the_hash():
+    first = dataclasses.replace(smoke(), seed=1).folder("fp32", "cpu")
+    second = dataclasses.replace(smoke(), seed=2).folder("fp32", "cpu")
+    assert first != second
+    assert first.name.removeprefix("s1-") == second.name.removeprefix("s2-")
+
+
+def test_an_overridden_run_and_the_protocols_own_never_share_a_folder():
+    modified = load(["protocol=smoke", "attention=linear", "train.lr=2e-3"])
+    assert modified.modified
+    assert modified.folder("fp32", "cpu") != smoke().folder("fp32", "cpu")
+
+
+# Plugins: in processes of their own, so that this one's registry stays as it is
+
+PLUGIN = '''
+"""An attention from outside."""
+
+from dataclasses import dataclass
+
+from models.attention import register_attention
+from models.attention.softmax import Softmax
+
+
+@register_attention("mine")
+class Mine(Softmax):
+    """Softmax under another name."""
+
+    @dataclass(frozen=True)
+    class Config:
+        gamma: float = 1.0
+'''
+
+SCRIPT = """
+import json, sys
+from lra.config import load, load_sweep
+
+def attempt(*overrides):
+    try:
+        return [[c.attention, c.folder("fp32", "cpu").name] for c in load_sweep(overrides)]
+    except ValueError as error:
+        return str(error)
+
+print(json.dumps([attempt(*overrides) for overrides in json.loads(sys.argv[1])]))
+"""
+
+
+def attempt(cwd, *calls, paths=()):
+    """Returns for each list of overrides the attentions and folders of its runs, or the error."""
+    # -P: as for the command `lra`, the current directory is not on the path by itself.
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", SCRIPT, json.dumps(calls)],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, [ROOT, *paths]))},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def install(folder, points):
+    """Makes ``folder`` look like a place where a package with entry points is installed."""
+    info = folder / "plugged-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: plugged\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[lra.attention]\n{points}\n")
+
+
+@pytest.fixture(scope="module")
+def plugged(tmp_path_factory):
+    """What calls give from one process, with a plugin beside it and another one installed."""
+    folder, site = tmp_path_factory.mktemp("plugin"), tmp_path_factory.mktemp("site")
+    (folder / "my_attention.py").write_text(PLUGIN)
+    (site / "their_attention.py").write_text(PLUGIN.replace('"mine"', '"theirs"'))
+    install(site, "theirs = their_attention")
+    plugin = ["protocol=smoke", "plugins=[my_attention]"]
+    calls = {
+        "without": ["attention=mine"],
+        "installed": ["attention=theirs"],
+        "default": [*plugin, "attention=mine"],
+        "integer": [*plugin, "attention=mine", "attention.gamma=2"],
+        "float": [*plugin, "attention=mine", "attention.gamma=2.0"],
+        "wrong": [*plugin, "attention=mine", "attention.gamma=much"],
+        "typo": [*plugin, "attention=mnie"],
+        "glob": [*plugin, "attention=glob(min*)"],
+    }
+    return dict(zip(calls, attempt(folder, *calls.values(), paths=[site]), strict=True))
+
+
+def test_a_plugin_in_the_current_directory_adds_an_attention_with_typed_options(plugged):
+    [[attention, _]] = plugged["default"]
+    assert attention == {"name": "mine", "gamma": 1.0}
+    assert plugged["wrong"] == "attention.gamma must be float, not str 'much'."
+    assert "Did you mean mine?" in plugged["typo"]
+    assert [run[0]["name"] for run in plugged["glob"]] == ["mine"]
+
+
+def test_without_its_plugin_the_attention_is_unknown(plugged):
+    assert plugged["without"].startswith("Unknown attention 'mine'")
+
+
+def test_an_option_of_a_plugin_changes_the_folder(plugged):
+    assert plugged["default"][0][1] != plugged["float"][0][1]
+
+
+def test_an_option_written_as_an_integer_is_the_same_run_as_the_float(plugged):
+    assert plugged["integer"][0][1] == plugged["float"][0][1]
+
+
+def test_an_installed_package_adds_an_attention(plugged):
+    [[attention, _]] = plugged["installed"]
+    assert attention == {"name": "theirs", "gamma": 1.0}
+
+
+def test_a_broken_package_costs_nothing_but_its_own_attention(tmp_path):
+    install(tmp_path, "ruin = not_installed_anywhere")
+    good, bad = attempt(ROOT, ["attention=softmax"], ["attention=ruin"], paths=[tmp_path])
+    assert isinstance(good, list), good
+    assert "not_installed_anywhere" in bad
+
+
+def test_a_plugin_that_is_not_there_is_told_by_name():
+    text = message("plugins=[not_installed_anywhere]")
+    assert text.startswith("plugins: cannot import 'not_installed_anywhere'")
+
+
+def test_a_plugin_that_is_no_python_is_told_by_name(tmp_path, monkeypatch):
+    (tmp_path / "ill_written_plugin.py").write_text("this is no Python\n")
+    monkeypatch.chdir(tmp_path)
+    assert "ill_written_plugin" in message("plugins=[ill_written_plugin]")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "plugins=not_installed_anywhere",
+        "plugins=null",
+        "plugins=[not_installed_anywhere",
+        "plugins=[not_installed_anywhere],[other]",
+        "+plugins=[not_installed_anywhere]",
+    ],
+)
+def test_plugins_that_are_no_list_of_modules_are_one_message(override):
+    text = message(override)
+    assert "plugins" in text
+    assert "'n'" not in text  # no name is taken apart into letters

@@ -1,0 +1,484 @@
+"""The report: tables from records alone, the same bytes each time, and nothing averaged wrongly."""
+
+import csv
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lra import report
+from lra.record import Record, Score, Throughput
+
+ROOT = Path(__file__).parents[1]
+
+TASK = {"name": "listops", "version": 1, "fingerprint": "f" * 12, "chance": 0.1}
+DATA = {
+    "data_hash": "d" * 16,
+    "splits": {
+        name: {"examples": n, "tokens": 50 * n, "longest": 199, "classes": [n // 10] * 10}
+        for name, n in (("train", 20_000), ("val", 2_000), ("test", 1_000))
+    },
+    "baselines": {"majority class": 0.17, "root operator only": 0.25},
+}
+FINISHED = Record(
+    hash="aaaaaaaa",
+    protocol="quick",
+    modified={},
+    task=TASK | DATA,
+    attention={"name": "softmax", "options": {}, "non_default": {}},
+    seed=0,
+    config={},
+    command="lra train",
+    started="2025-01-01T00:00:00+00:00",
+    precision={"name": "fp32", "reason": "auto: CPU"},
+    device={"kind": "cpu", "name": "CPU A", "threads": 2},
+    versions={"torch": "2.9.0"},
+    commit={"commit": "0123456789abcdef", "dirty": False},
+    status="ok",
+    parameters=1000,
+    parameters_of_softmax=1000,
+    steps=600,
+    validation=Score.of(510, 1000, 1.25, 600),
+    test=Score.of(500, 1000, 1.25, 600),
+    train_seconds=60.0,
+    evaluation_seconds=6.0,
+    throughput=Throughput(10.0, 640.0, 64_000.0, 595),
+    peak_memory_bytes=123_000_000,
+    memory_kind="resident set",
+    micro_batches=4,
+)
+
+
+def run(correct=500, **changes):
+    """Returns a finished run with ``correct`` answers of 1,000."""
+    return dataclasses.replace(FINISHED, test=Score.of(correct, 1000, 1.25, 600), **changes)
+
+
+def failed(status="oom", data=True, **changes):
+    """Returns a run that ended without a result; ``data`` tells whether it had its data."""
+    return dataclasses.replace(
+        FINISHED,
+        status=status,
+        reason="reason",
+        task=TASK | DATA if data else TASK,
+        parameters=1000 if data else None,
+        parameters_of_softmax=1000 if data else None,
+        validation=None,
+        test=None,
+        throughput=None,
+        peak_memory_bytes=None,
+        **changes,
+    )
+
+
+def named(name, **non_default):
+    return {"name": name, "options": non_default, "non_default": non_default}
+
+
+class Report:
+    """What `lra report` writes of given records."""
+
+    def __init__(self, folder, records, protocol="quick"):
+        for i, one in enumerate(records):
+            one.save(folder / "runs" / f"{i:03}")
+        assert report.write(folder / "runs", folder / "results") == 0
+        path = folder / "results" / f"leaderboard-{protocol}"
+        self.markdown = path.with_suffix(".md").read_text()
+        self.csv = path.with_suffix(".csv").read_text()
+        self.figures = list(csv.DictReader(self.csv.splitlines()))
+        lines = [line.strip("| ").split("|") for line in self.markdown.splitlines() if "|" in line]
+        table = [[cell.strip() for cell in line] for line in lines]
+        self.columns = table[0]
+        self.rows = [
+            dict(zip(self.columns, line, strict=True))
+            for line in table[1:]
+            if line != self.columns and not line[0].startswith("---")
+        ]
+        self.names = [row["attention"] for row in self.rows]
+
+    def row(self, name):
+        [row] = [row for row in self.rows if row["attention"] == name]
+        return row
+
+
+@pytest.fixture
+def make(tmp_path):
+    return lambda *records, **options: Report(tmp_path, records, **options)
+
+
+# Averages
+
+
+def test_seeds_of_one_setting_are_a_mean_and_a_standard_deviation(make):
+    made = make(run(500, seed=0), run(600, seed=1), run(700, seed=2))
+    row = made.row("softmax")
+    assert row["test accuracy %"] == "60.00 ± 10.00"
+    assert row["seeds"] == "3"
+    [figures] = [row for row in made.figures if row["name"] == "softmax"]
+    assert float(figures["accuracy"]) == pytest.approx(60, abs=1e-12)
+    assert float(figures["sd"]) == pytest.approx(10, abs=1e-12)
+    assert figures["seeds"] == "3"
+
+
+def test_a_single_seed_has_an_interval_and_no_standard_deviation(make):
+    row = make(run(500)).row("softmax")
+    assert row["test accuracy %"] == "50.00"
+    assert row["95 % interval"] == "46.9 to 53.1"
+    assert row["seeds"] == "1"
+
+
+def test_speed_time_and_memory_are_means_over_seeds(make):
+    second = run(
+        seed=1,
+        train_seconds=80.0,
+        throughput=Throughput(20.0, 1.0, 32_000.0, 595),
+        peak_memory_bytes=125_000_000,
+    )
+    row = make(run(seed=0), second).row("softmax")
+    assert (row["train s"], row["steps/s"]) == ("70", "15.00")
+    assert (row["tokens/s"], row["peak MB"]) == ("48,000", "124.0")
+
+
+def test_records_of_different_hash_are_never_averaged(make):
+    made = make(run(500, hash="aaaaaaaa"), run(700, hash="bbbbbbbb", seed=1))
+    assert [row["test accuracy %"] for row in made.rows[:2]] == ["70.00", "50.00"]
+    assert [row["seeds"] for row in made.rows[:2]] == ["1", "1"]
+    assert [row["hash"] for row in made.figures[:2]] == ["bbbbbbbb", "aaaaaaaa"]
+
+
+def test_a_run_found_twice_is_one_seed(make):
+    row = make(run(500, seed=0), run(500, seed=0), run(600, seed=1)).row("softmax")
+    assert (row["test accuracy %"], row["seeds"]) == ("55.00 ± 7.07", "2")
+
+
+def test_speeds_of_two_devices_are_never_averaged(make):
+    other = run(
+        seed=1,
+        device={"kind": "cpu", "name": "CPU B", "threads": 2},
+        throughput=Throughput(20.0, 1.0, 1.0, 595),
+    )
+    made = make(run(seed=0), other)
+    assert "15.00" not in [row.get("steps/s") for row in made.rows]
+    assert "CPU A" in made.markdown
+    assert "CPU B" in made.markdown
+
+
+def test_results_on_different_data_are_never_averaged(make):
+    other = run(700, seed=1, task=TASK | DATA | {"data_hash": "e" * 16})
+    made = make(run(500, seed=0), other)
+    assert "60.00" not in made.markdown
+    assert "d" * 16 in made.markdown
+    assert "e" * 16 in made.markdown
+
+
+# Rows
+
+
+def test_options_that_are_not_default_stand_in_the_name(make):
+    linear = run(600, hash="bbbbbbbb", attention=named("linear", feature="relu", eps=0.5))
+    assert make(run(), linear).names[:2] == ["linear feature=relu eps=0.5", "softmax"]
+
+
+def test_rows_go_from_the_best_to_the_worst_and_failures_come_last(make):
+    made = make(
+        failed(hash="aaaaaaaa", attention=named("a")),
+        run(500, hash="bbbbbbbb", attention=named("b")),
+        run(600, hash="cccccccc", attention=named("c")),
+    )
+    assert made.names[:3] == ["c", "b", "a"]
+
+
+@pytest.mark.parametrize("status", ["oom", "failed", "diverged", "timeout", "interrupted"])
+@pytest.mark.parametrize("data", [True, False])
+def test_a_run_without_a_result_has_its_status_for_a_cell(make, status, data):
+    made = make(
+        run(attention=named("good")),
+        failed(status, data, hash="bbbbbbbb", attention=named("bad")),
+    )
+    row = made.row("bad")
+    assert row["test accuracy %"] == f"✗ {status}"
+    assert (row["seeds"], row["95 % interval"], row["steps/s"]) == ("0", "–", "–")
+    assert (row["train s"], row["peak MB"]) == ("–", "–")
+    [figures] = [row for row in made.figures if row["name"] == "bad"]
+    assert (figures["status"], figures["accuracy"], figures["train_seconds"]) == (status, "", "")
+    assert made.row("good")["test accuracy %"] == "50.00"
+
+
+@pytest.mark.parametrize("data", [True, False])
+def test_failures_alone_make_a_table_too(make, data):
+    made = make(failed(data=data))
+    assert made.row("softmax")["test accuracy %"] == "✗ oom"
+
+
+@pytest.mark.parametrize("data", [True, False])
+@pytest.mark.parametrize("seed", [0, 2])
+def test_a_failed_seed_leaves_the_average_of_the_others_as_it_is(make, data, seed):
+    made = make(
+        *sorted(
+            [failed("oom", data, seed=seed), run(500, seed=1), run(600, seed=2 - seed)],
+            key=lambda one: one.seed,
+        )
+    )
+    row = made.row("softmax")
+    assert row["test accuracy %"].startswith("55.00 ± 7.07")
+    assert row["seeds"].startswith("2")
+    assert (row["parameters"], row["vs softmax"]) == ("1,000", "1.000")
+    assert [row["status"] for row in made.figures if row["name"] == "softmax"] == ["oom"]
+
+
+def test_a_failed_seed_is_told_in_the_table_beside_those_that_succeeded(make):
+    made = make(run(500, seed=0), failed("diverged", seed=1))
+    assert "diverged" in made.markdown
+
+
+def test_a_score_of_a_run_that_did_not_end_well_is_not_averaged(make):
+    made = make(run(500, seed=0), run(900, seed=1, status="failed", reason="disk full"))
+    row = made.row("softmax")
+    assert row["test accuracy %"].startswith("50.00")
+    assert row["seeds"].startswith("1")
+
+
+@pytest.mark.parametrize("n", [7, 100, 2000])
+def test_a_run_that_got_nothing_right_is_a_row_like_any_other(make, n):
+    row = make(dataclasses.replace(FINISHED, test=Score.of(0, n, 9.0, 600))).row("softmax†")
+    assert row["test accuracy %"] == "0.00"
+    assert row["95 % interval"].startswith("0.0 to ")
+
+
+def test_a_run_that_got_everything_right_is_a_row_like_any_other(make):
+    row = make(run(1000)).row("softmax")
+    assert row["test accuracy %"] == "100.00"
+    assert row["95 % interval"] == "99.6 to 100.0"
+
+
+def test_rules_that_learn_nothing_stand_in_the_same_table(make):
+    made = make(run())
+    assert made.names == ["softmax", "*majority class*", "*root operator only*"]
+    assert made.row("*root operator only*")["test accuracy %"] == "25.00"
+    assert [(row["kind"], row["name"]) for row in made.figures] == [
+        ("attention", "softmax"),
+        ("rule", "majority class"),
+        ("rule", "root operator only"),
+    ]
+
+
+# Marks
+
+
+def test_a_run_whose_interval_reaches_the_majority_class_is_marked_as_not_learned(make):
+    # The majority class is right in 170 of 1,000; the interval is about 2.4 points either way.
+    made = make(
+        run(180, hash="aaaaaaaa", attention=named("a")),
+        run(220, hash="bbbbbbbb", attention=named("b")),
+        run(100, hash="cccccccc", attention=named("c")),
+    )
+    assert made.names[:3] == ["b", "a†", "c†"]
+    assert "† not learned" in made.markdown
+
+
+def test_more_than_110_percent_of_the_parameters_of_softmax_is_marked(make):
+    made = make(
+        run(500, hash="aaaaaaaa", attention=named("a"), parameters=1100),
+        run(400, hash="bbbbbbbb", attention=named("b"), parameters=1101),
+    )
+    assert made.names[:2] == ["a", "b‡"]
+    assert "‡ more than 110 %" in made.markdown
+    assert [row["vs softmax"] for row in made.rows[:2]] == ["1.100", "1.101"]
+
+
+def test_a_departure_from_the_protocol_is_marked_and_told(make):
+    made = make(run(), run(600, hash="bbbbbbbb", modified={"train.lr": [0.001, 0.01]}))
+    assert made.names[:2] == ["softmax (train.lr=0.01)*", "softmax"]
+    assert "* departs from the protocol" in made.markdown
+
+
+def test_marks_that_nothing_bears_are_not_explained(make):
+    markdown = make(run()).markdown
+    assert [mark for mark in ("†", "‡", "departs") if mark in markdown] == []
+
+
+def test_the_csv_holds_names_without_marks(make):
+    made = make(run(100, parameters=2000, modified={"train.lr": [0.001, 0.01]}))
+    assert made.names[0] == "softmax (train.lr=0.01)*‡†"
+    assert made.figures[0]["name"] == "softmax (train.lr=0.01)"
+
+
+# Conditions
+
+
+def test_conditions_that_all_rows_share_are_told_once_below_the_table(make):
+    made = make(run(), run(600, hash="bbbbbbbb", attention=named("linear")))
+    assert "conditions" not in made.columns
+    assert "Speed and memory: CPU A, 2 threads, fp32." in made.markdown
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"precision": {"name": "bf16", "reason": "asked for"}}, "CPU A, 2 threads, bf16"),
+        (
+            {"device": {"kind": "cuda", "name": "GPU", "threads": 2}},
+            "GPU, 2 threads, fp32",
+        ),
+        (
+            {"device": {"kind": "cpu", "name": "CPU A", "threads": 8}},
+            "CPU A, 8 threads, fp32",
+        ),
+    ],
+)
+def test_rows_of_different_conditions_get_a_column_that_tells_them(make, change, told):
+    made = make(run(), run(600, hash="bbbbbbbb", attention=named("linear"), **change))
+    assert made.row("softmax")["conditions"] == "CPU A, 2 threads, fp32"
+    assert made.row("linear")["conditions"] == told
+    assert "Speed and memory:" not in made.markdown
+
+
+# Tables
+
+
+def test_versions_and_data_of_a_task_never_share_a_table(make):
+    newer = TASK | DATA | {"version": 2, "fingerprint": "0" * 12}
+    shorter = TASK | DATA | {"fingerprint": "1" * 12}
+    made = make(
+        run(),
+        run(600, hash="bbbbbbbb", task=newer),
+        run(700, hash="cccccccc", task=shorter),
+    )
+    assert made.markdown.count("## listops") == 3
+    assert [row["test accuracy %"] for row in made.rows if row["attention"] == "softmax"] == [
+        "70.00",
+        "50.00",
+        "60.00",
+    ]
+
+
+def test_two_protocols_are_two_files_that_share_no_row(tmp_path, make):
+    quick = make(run(500), run(600, protocol="nystrom"))
+    assert sorted(path.name for path in (tmp_path / "results").iterdir()) == [
+        "leaderboard-nystrom.csv",
+        "leaderboard-nystrom.md",
+        "leaderboard-quick.csv",
+        "leaderboard-quick.md",
+    ]
+    nystrom = (tmp_path / "results" / "leaderboard-nystrom.md").read_text()
+    assert ("50.00" in quick.markdown, "60.00" in quick.markdown) == (True, False)
+    assert ("50.00" in nystrom, "60.00" in nystrom) == (False, True)
+
+
+def test_a_table_tells_what_it_was_made_of(make):
+    dirty = run(
+        seed=1,
+        started="2025-03-05T00:00:00+00:00",
+        commit={"commit": "fedcba9876543210", "dirty": True},
+        versions={"torch": "2.8.0"},
+    )
+    markdown = make(run(), dirty).markdown
+    assert "20,000 train / 2,000 val / 1,000 test examples of up to 199 tokens" in markdown
+    assert "version 1, data dddddddddddddddd" in markdown
+    assert "2 records of 2025-01-01 to 2025-03-05" in markdown
+    assert "torch 2.8.0, 2.9.0" in markdown
+    assert "code 0123456789, fedcba9876 (modified)" in markdown
+
+
+def test_the_csv_holds_unrounded_numbers(make):
+    accuracies = (501, 602, 704)
+    made = make(*(run(correct, seed=seed) for seed, correct in enumerate(accuracies)))
+    figures = made.figures[0]
+    mean = sum(accuracies) / 30
+    assert float(figures["accuracy"]) == pytest.approx(mean, rel=1e-14)
+    deviations = [(correct / 10 - mean) ** 2 for correct in accuracies]
+    assert float(figures["sd"]) == pytest.approx((sum(deviations) / 2) ** 0.5, rel=1e-13)
+    assert (figures["n"], figures["parameters"]) == ("1000", "1000")
+    assert float(figures["peak_megabytes"]) == 123
+    assert float(figures["tokens_per_second"]) == 64_000
+    text = {"protocol", "task", "data", "kind", "name", "status", "conditions", "hash"}
+    for name, value in figures.items():
+        assert name in text or float(value) >= 0
+
+
+def test_the_table_is_printed_too(make, capsys):
+    made = make(run())
+    assert made.markdown in capsys.readouterr().out
+
+
+# Reproducibility and damage
+
+
+SEVERAL = [
+    run(500, seed=0),
+    run(600, seed=1),
+    run(600, hash="bbbbbbbb", attention=named("linear", feature="relu")),
+    run(600, hash="cccccccc", attention=named("linear"), versions={"torch": "2.8.0"}),
+    run(700, hash="dddddddd", protocol="nystrom"),
+    failed(hash="eeeeeeee", attention=named("cosformer")),
+]
+
+
+def written(folder, order):
+    for i in order:
+        SEVERAL[i].save(folder / "runs" / str(i))
+    report.write(folder / "runs", folder / "results")
+    return {path.name: path.read_bytes() for path in (folder / "results").iterdir()}
+
+
+def test_the_same_records_give_the_same_bytes_whenever_they_were_written(tmp_path):
+    order = range(len(SEVERAL))
+    first = written(tmp_path / "a", order)
+    assert written(tmp_path / "b", reversed(order)) == first
+    assert written(tmp_path / "a", order) == first
+    assert len(first) == 4
+
+
+def test_the_same_records_give_the_same_bytes_in_every_process(tmp_path):
+    first = written(tmp_path, range(len(SEVERAL)))
+    for seed in "12":
+        subprocess.run(
+            [sys.executable, "-m", "lra", "report", "--runs", "runs", "--out", f"again{seed}"],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": seed},
+            stdout=subprocess.DEVNULL,
+            check=True,
+        )
+        again = {path.name: path.read_bytes() for path in (tmp_path / f"again{seed}").iterdir()}
+        assert again == first
+
+
+def test_a_damaged_record_is_named_on_standard_error_and_left_out(tmp_path, make, capsys):
+    damaged = tmp_path / "runs" / "deep" / "down" / "record.json"
+    damaged.parent.mkdir(parents=True)
+    damaged.write_text('{"hash": "bbbb')
+    made = make(run())
+    assert made.names[0] == "softmax"
+    assert "from 1 records" in made.markdown
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"left out: {damaged} is no record")
+
+
+def test_records_are_found_however_deep_they_lie(tmp_path, make):
+    run(700, seed=3).save(tmp_path / "runs" / "quick" / "listops" / "softmax" / "s3-aaaaaaaa")
+    assert make(run(500)).row("softmax")["seeds"] == "2"
+
+
+def test_records_are_read_in_the_order_of_their_folders_whatever_the_disk_lists_first(
+    tmp_path, monkeypatch
+):
+    for seed in (2, 0, 1):
+        run(seed=seed).save(tmp_path / str(seed))
+    listed = Path.rglob
+    for order in (sorted, lambda paths: sorted(paths, reverse=True)):
+        monkeypatch.setattr(Path, "rglob", lambda *given, order=order: order(listed(*given)))
+        assert [one.seed for one in report.read(tmp_path)] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("folder", ["", "empty", "damaged"])
+def test_without_any_record_the_message_says_what_to_type(tmp_path, folder):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "record.json").write_text("{")
+    runs = tmp_path / folder if folder else tmp_path / "not there"
+    with pytest.raises(ValueError, match=r"no record below .*lra train.*--runs"):
+        report.write(runs, tmp_path / "results")
+    assert not (tmp_path / "results").exists()
