@@ -87,7 +87,7 @@ def _train(arguments: list[str]) -> int:
         from lra.sweep import sweep
 
         return sweep(overrides)
-    from lra.config import load
+    from lra.compose import load
     from lra.run import run
 
     record = run(load(overrides))

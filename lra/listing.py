@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from lra.config import conf_dir, load
+from lra.compose import conf_dir, load
 from lra.tasks import TASKS
 from models.attention import ATTENTIONS
 

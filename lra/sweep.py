@@ -13,7 +13,8 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 
 from lra import record
-from lra.config import RunConfig, conf_dir, load, load_sweep
+from lra.compose import conf_dir, load, load_sweep
+from lra.config import RunConfig
 from lra.record import Record
 from lra.run import new_record, run_folder
 

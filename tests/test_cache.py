@@ -66,13 +66,6 @@ class Given(Tiny):
         return self.given
 
 
-class Killed(Tiny):
-    """Dies when all files but the manifest are written."""
-
-    def baselines(self, splits):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
 class KilledEarly(Tiny):
     """Dies before any file is written."""
 
@@ -376,11 +369,33 @@ def test_a_source_that_may_not_be_read_is_not_blamed_on_the_cache(tmp_path):
     assert left(task) == []
 
 
-@pytest.mark.parametrize("cls", ["Killed", "KilledEarly"])
-def test_a_killed_build_leaves_nothing_taken_for_data_and_the_next_call_builds(tmp_path, cls):
-    code = f"make(Path(sys.argv[1]), {cls}).prepare()"
-    [(process, _, _)] = in_processes(code, str(tmp_path))
-    assert process.returncode == -signal.SIGKILL
+KILLED_WHILE_WRITING = """
+real, written = os.fsync, []
+
+def fsync(file):
+    written.append(file)
+    if len(written) == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(file)
+
+os.fsync = fsync
+make(Path(sys.argv[1])).prepare()
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "files"),
+    [
+        pytest.param("make(Path(sys.argv[1]), KilledEarly).prepare()", 0, id="before any file"),
+        pytest.param(KILLED_WHILE_WRITING, 2, id="in the second file"),
+        pytest.param(KILLED_WHILE_WRITING, 4, id="in the manifest, the last file"),
+    ],
+)
+def test_a_killed_build_leaves_nothing_taken_for_data_and_the_next_call_builds(
+    tmp_path, code, files
+):
+    [(process, _, errors)] = in_processes(code, str(tmp_path), str(files))
+    assert process.returncode == -signal.SIGKILL, errors
     task = make(tmp_path)
     assert task.state()[0] == "missing"
     assert len(task.prepare().splits["val"]) == 3

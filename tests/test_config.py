@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from lra.config import ModelConfig, TrainConfig, conf_dir, load, load_sweep
+from lra.compose import conf_dir, load, load_sweep
+from lra.config import ModelConfig, TrainConfig
 from lra.tasks import TASKS
 from lra.tasks.listops import ListOps
 from models.attention import ATTENTIONS, default_options
@@ -526,7 +527,7 @@ class Mine(Softmax):
 
 SCRIPT = """
 import json, sys
-from lra.config import load, load_sweep
+from lra.compose import load, load_sweep
 
 def attempt(*overrides):
     try:

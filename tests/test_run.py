@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lra import checkpoint, record
-from lra.config import load
+from lra.compose import load
 from lra.files import locked
 from lra.run import evaluate_again, new_record, run, run_folder
 from lra.tasks.base import Task

@@ -4,7 +4,7 @@ import pytest
 import wandb
 
 from lra import record
-from lra.config import load
+from lra.compose import load
 from lra.run import run, run_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lra.batches import Batches
-from lra.config import load
+from lra.compose import load
 from lra.run import new_record
 from lra.tasks.base import Prepared, Split
 from lra.train import Trainer, autocast, evaluate, learning_rate, step_seed

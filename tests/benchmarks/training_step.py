@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.profiler import profile
 
-from lra.config import load
+from lra.compose import load
 from lra.run import new_record
 from lra.tasks.base import Prepared, Split
 from lra.train import Trainer

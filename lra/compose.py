@@ -1,0 +1,266 @@
+"""From overrides to configurations: Hydra composes conf/, and every mistake is told at once.
+
+Names, keys, types and values of all runs of a call are checked before anything starts.
+"""
+
+import importlib
+import itertools
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lra.config import RunConfig, options_of, require
+from lra.tasks import TASKS
+from lra.typed import from_mapping, unknown
+from models.attention import ATTENTIONS
+
+GROUPS = ("task", "attention", "protocol")
+PROTOCOL_SECTIONS = ("task", "model", "train")
+"""Sections that a protocol fixes: an override of any key in them marks a run as modified."""
+
+
+def conf_dir() -> Path:
+    """Returns the folder of Hydra configurations: beside the package, or inside it in a wheel."""
+    inside = Path(__file__).parent / "conf"
+    return inside if inside.is_dir() else Path(__file__).parents[1] / "conf"
+
+
+def load(overrides: Iterable[str]) -> RunConfig:
+    """Composes and checks the configuration of one run.
+
+    Args:
+        overrides: Hydra overrides, as on the command line.
+
+    Raises:
+        ValueError: One message with every problem: what was given, what is allowed.
+    """
+    configs = load_sweep(overrides)
+    if len(configs) > 1:
+        raise ValueError(f"These overrides make {len(configs)} runs: use lra train -m.")
+    return configs[0]
+
+
+def load_sweep(overrides: Iterable[str]) -> list[RunConfig]:
+    """Composes and checks the configurations of a sweep, in the order Hydra runs them.
+
+    Raises:
+        ValueError: One message with every problem of any run.
+    """
+    overrides = list(overrides)
+    configs, problems = [], []
+    with _composer(overrides) as composer:
+        for job in composer.jobs(overrides):
+            try:
+                configs.append(composer.config(job))
+            except ValueError as error:
+                problems += str(error).splitlines()
+    if problems:
+        raise ValueError("\n".join(dict.fromkeys(problems)))
+    return configs
+
+
+class _Composer:
+    """Hydra's parser, group listing and compose call, while Hydra is initialised."""
+
+    def __init__(self) -> None:
+        from hydra.core.global_hydra import GlobalHydra
+        from hydra.core.override_parser.overrides_parser import OverridesParser
+
+        self.loader = GlobalHydra.instance().config_loader()
+        self.parser = OverridesParser.create(config_loader=self.loader)
+
+    def parse(self, overrides: Iterable[str]) -> list[Any]:
+        from hydra.errors import HydraException
+
+        try:
+            return self.parser.parse_overrides(list(overrides))
+        except HydraException as error:
+            given = getattr(error, "override", " ".join(overrides))
+            raise ValueError(
+                f"Cannot read '{given}': write key=value, and quote lists and spaces for the "
+                f"shell, as in 'plugins=[my_module]'."
+            ) from None
+
+    def jobs(self, overrides: list[str]) -> list[list[str]]:
+        """Returns the overrides of each run of a sweep."""
+        choices = []
+        for override in self.parse(overrides):
+            if override.is_sweep_override():
+                key = override.get_key_element()
+                choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+                if not choices[-1]:
+                    raise ValueError(f"'{override.input_line}' matches nothing.")
+            else:
+                choices.append([override.input_line])
+        return [list(job) for job in itertools.product(*choices)]
+
+    def config(self, overrides: list[str]) -> RunConfig:
+        """Returns the typed configuration of one run.
+
+        Raises:
+            ValueError: One message with every problem: names, keys, types and values.
+        """
+        sound, problems = self._sound(self.parse(overrides))
+        composed = self.compose([o.input_line for o in sound])
+        protocol = self.compose([o.input_line for o in sound if o.key_or_group in GROUPS])
+        with _collecting(problems):
+            options = options_of(composed["task"])
+            task = from_mapping(TASKS.get(composed["task"]["name"]).Config, options, "task")
+            composed["task"] |= asdict(task)
+        with _collecting(problems):
+            name, options = composed["attention"]["name"], options_of(composed["attention"])
+            attention = from_mapping(ATTENTIONS.get(name).Config, options, "attention")
+            composed["attention"] |= asdict(attention)
+        with _collecting(problems):
+            config = from_mapping(RunConfig, composed, "")
+        if not problems:
+            with _collecting(problems):
+                _check_fit(config)
+        if problems:
+            raise ValueError("\n".join(problems))
+        asked = dict(_flatten(protocol))
+        config.modified.update(
+            {
+                key: [asked.get(key), value]
+                for key, value in _flatten(composed)
+                if key.partition(".")[0] in PROTOCOL_SECTIONS and asked.get(key) != value
+            }
+        )
+        return config
+
+    def _sound(self, overrides: list[Any]) -> tuple[list[Any], list[str]]:
+        """Returns the overrides of names and keys that exist, and what is wrong with the others."""
+        problems, wrong = [], []
+        for override in overrides:
+            if override.key_or_group in GROUPS:
+                options = self.loader.get_group_options(override.key_or_group)
+                if override.value() not in options:
+                    problems.append(unknown(override.key_or_group, str(override.value()), options))
+                    wrong.append(override)
+        groups = [o for o in overrides if o.key_or_group in GROUPS and o not in wrong]
+        chosen = dict(_flatten(self.compose([o.input_line for o in groups])))
+        keys = [key for key in chosen if not key.endswith(".name")]
+        open_sections = {o.key_or_group for o in wrong}  # nobody knows what they would hold
+        for override in overrides:
+            name = override.key_or_group
+            section = name.rpartition(".")[0]
+            if section in open_sections:
+                wrong.append(override)
+            elif not (name in keys or name in GROUPS or name.startswith(("hydra.", "hydra/"))):
+                siblings = [key for key in keys if key.rpartition(".")[0] == section]
+                problems.append(unknown("key", name, siblings))
+                wrong.append(override)
+        return [o for o in overrides if o not in wrong], problems
+
+    def compose(self, overrides: list[str]) -> dict[str, Any]:
+        """Returns the composed configuration as plain containers."""
+        from hydra import compose
+        from hydra.errors import HydraException, MissingConfigException
+        from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
+
+        try:
+            config = compose("config", overrides=overrides)
+            return OmegaConf.to_container(config, resolve=True)
+        except MissingConfigException as error:
+            folder, _, task = str(error.missing_cfg_file).rpartition("/")
+            known = ", ".join(self.loader.get_group_options(folder)) or "none"
+            raise ValueError(
+                f"{folder} does not say how task '{task}' is run. It has: {known}."
+            ) from None
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ValueError(str(error).strip()) from None
+
+
+@contextmanager
+def _composer(overrides: list[str]) -> Iterator[_Composer]:
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    store_groups(overrides)
+    if GlobalHydra.instance().is_initialized():  # inside a job of a sweep
+        yield _Composer()
+        return
+    with initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
+        yield _Composer()
+
+
+def store_groups(overrides: list[str]) -> None:
+    """Imports the plugins that ``overrides`` name, and offers every registered name to Hydra.
+
+    Raises:
+        ValueError: If a plugin cannot be imported.
+    """
+    from hydra.core.config_store import ConfigStore
+
+    for module in _plugins(overrides):
+        if os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # whatever a user's module does when it is imported
+            raise ValueError(
+                f"plugins: cannot import '{module}': {type(error).__name__}: {error}"
+            ) from error
+    store = ConfigStore.instance()
+    for group, registry in (("attention", ATTENTIONS), ("task", TASKS)):
+        for name in registry.names():
+            try:
+                options = asdict(registry.get(name).Config())
+            except ValueError:  # told when it is chosen; the others are not to suffer
+                options = {}
+            store.store(group=group, name=name, node={"name": name} | options)
+
+
+def _plugins(overrides: list[str]) -> list[str]:
+    """Returns the modules that ``plugins=[...]`` names; they come before all other overrides."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    named = [o for o in overrides if o.lstrip("+~").startswith("plugins=")]
+    modules: list[str] = []
+    for text in named:
+        try:
+            override = OverridesParser.create().parse_override(text)
+            value = None if override.is_sweep_override() else override.value()
+        except HydraException:
+            value = None
+        if not isinstance(value, list):
+            raise ValueError(
+                f"'{text}' is no list of modules: write 'plugins=[my_module,my_package.attention]'."
+            )
+        modules += map(str, value)
+    return modules
+
+
+def _check_fit(config: RunConfig) -> None:
+    """Checks that the model takes the task's examples."""
+    task = config.build_task()
+    require(
+        {
+            f"model.max_len is {config.model.max_len}, but {task.name} has examples of up to "
+            f"{task.max_len} tokens": config.model.max_len >= task.max_len,
+            f"model.vocab_size is {config.model.vocab_size}, but {task.name} has "
+            f"{task.vocab_size} token ids": config.model.vocab_size >= task.vocab_size,
+        }
+    )
+
+
+@contextmanager
+def _collecting(problems: list[str]) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        problems += str(error).splitlines()
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
