@@ -189,13 +189,13 @@ def test_ls_into_head_gives_a_line_and_no_error(env):
 # Mistakes
 
 
-def test_typing_errors_of_train_are_told_with_near_matches(lra):
-    text = mistake(lra("train", "task=listopz", "attention=sofmax", "protocol=quik"))
+def test_typing_errors_of_train_are_told_with_near_matches(called):
+    text = mistake(called("train", "task=listopz", "attention=sofmax", "protocol=quik"))
     assert text.startswith("lra: Unknown task 'listopz'. Did you mean listops?")
     assert "Unknown attention 'sofmax'. Did you mean softmax?" in text
     assert "Unknown protocol 'quik'. Did you mean quick?" in text
     assert len(text.splitlines()) == 3
-    assert list(lra.cwd.iterdir()) == []
+    assert list(called.cwd.iterdir()) == []
 
 
 def test_one_typing_error_in_a_sweep_is_told_before_anything_runs(lra):

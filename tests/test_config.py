@@ -330,12 +330,12 @@ def test_a_glob_that_matches_nothing_is_told():
 
 
 def test_a_range_of_seeds_is_a_sweep():
-    assert [config.seed for config in load_sweep(["seed=range(0,3)"])] == [0, 1, 2]
+    assert [config.seed for config in load_sweep(["seed=range(4,6)"])] == [4, 5]
 
 
 def test_load_refuses_a_sweep_and_says_what_to_type():
-    text = message("seed=0,1,2")
-    assert "3 runs" in text
+    text = message("seed=0,1")
+    assert "2 runs" in text
     assert "lra train -m" in text
 
 
@@ -348,11 +348,6 @@ def test_one_bad_combination_refuses_the_whole_sweep_and_is_told_once():
 def test_an_option_that_only_some_attentions_have_refuses_the_sweep():
     text = message("attention=softmax,linear", "attention.feature=relu", of=load_sweep)
     assert text.startswith("Unknown key 'attention.feature'")
-
-
-def test_a_value_that_is_wrong_in_one_combination_refuses_the_whole_sweep():
-    text = message("train.warmup_steps=10,6000", "seed=0,1", of=load_sweep)
-    assert "warmup_steps must lie in [0, steps)" in text
 
 
 def test_wrong_values_of_several_combinations_are_told_at_once():
@@ -499,12 +494,6 @@ def test_folders_of_two_seeds_share_the_hash():
     assert first.name.removeprefix("s1-") == second.name.removeprefix("s2-")
 
 
-def test_an_overridden_run_and_the_protocols_own_never_share_a_folder():
-    modified = load(["protocol=smoke", "attention=linear", "train.lr=2e-3"])
-    assert modified.modified
-    assert modified.folder("fp32", "cpu") != smoke().folder("fp32", "cpu")
-
-
 # Plugins: in processes of their own, so that this one's registry stays as it is
 
 PLUGIN = '''
@@ -568,11 +557,12 @@ def plugged(tmp_path_factory):
     folder, site = tmp_path_factory.mktemp("plugin"), tmp_path_factory.mktemp("site")
     (folder / "my_attention.py").write_text(PLUGIN)
     (site / "their_attention.py").write_text(PLUGIN.replace('"mine"', '"theirs"'))
-    install(site, "theirs = their_attention")
+    install(site, "theirs = their_attention\nruin = not_installed_anywhere")
     plugin = ["protocol=smoke", "plugins=[my_attention]"]
     calls = {
         "without": ["attention=mine"],
         "installed": ["attention=theirs"],
+        "broken": ["attention=ruin"],
         "default": [*plugin, "attention=mine"],
         "integer": [*plugin, "attention=mine", "attention.gamma=2"],
         "float": [*plugin, "attention=mine", "attention.gamma=2.0"],
@@ -608,11 +598,9 @@ def test_an_installed_package_adds_an_attention(plugged):
     assert attention == {"name": "theirs", "gamma": 1.0}
 
 
-def test_a_broken_package_costs_nothing_but_its_own_attention(tmp_path):
-    install(tmp_path, "ruin = not_installed_anywhere")
-    good, bad = attempt(ROOT, ["attention=softmax"], ["attention=ruin"], paths=[tmp_path])
-    assert isinstance(good, list), good
-    assert "not_installed_anywhere" in bad
+def test_a_broken_package_costs_nothing_but_its_own_attention(plugged):
+    assert "not_installed_anywhere" in plugged["broken"]
+    assert isinstance(plugged["installed"], list)
 
 
 def test_a_plugin_that_is_not_there_is_told_by_name():

@@ -24,7 +24,7 @@ from lra.files import (
 
 ROOT = Path(__file__).parents[1]
 
-deterministic = settings(derandomize=True, deadline=None)
+deterministic = settings(derandomize=True, deadline=None, max_examples=50)
 
 
 def start(script, *arguments):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lra.typed import from_mapping, near_matches, unknown
 
-deterministic = settings(derandomize=True, deadline=None)
+deterministic = settings(derandomize=True, deadline=None, max_examples=50)
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from models.dropout import Draws
 MATRICES = 2
 """Matrices of a block. Constant, since the blocks decide which draw falls on which weight."""
 
-BLOCK_BYTES = 2**20
-"""Size of a block of weights: the few alive at a time stay in a CPU's cache."""
+BLOCK_BYTES = 2**22
+"""Size of a block of weights: the few alive at a time fit in a CPU's last-level cache."""
 
 
 def softmax_dropout_attention(
