@@ -55,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except OSError as error:
-        print(f"lra: {error.strerror}: {error.filename}", file=sys.stderr)
+        told = f"{error.strerror}: {error.filename}" if error.filename else str(error)
+        print(f"lra: {told or type(error).__name__}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         code = 130

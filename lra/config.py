@@ -1,5 +1,6 @@
 """The typed schema of conf/ and the identity of a run; `lra.compose` fills it."""
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -88,12 +89,12 @@ class TrainConfig:
                     self.steps, self.batch_size, self.eval_every
                 )
                 >= 1,
-                "lr must be positive": self.lr > 0,
+                "lr must be positive and finite": 0 < self.lr < math.inf,
+                "betas must lie in [0, 1)": all(0 <= beta < 1 for beta in self.betas),
                 "warmup_steps must lie in [0, steps)": 0 <= self.warmup_steps < self.steps,
-                "weight_decay, eps and clip_norm must not be negative": min(
-                    self.weight_decay, self.eps, self.clip_norm
-                )
-                >= 0,
+                "weight_decay, eps and clip_norm must be finite and not negative": all(
+                    0 <= value < math.inf for value in (self.weight_decay, self.eps, self.clip_norm)
+                ),
             }
         )
 

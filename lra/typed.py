@@ -11,8 +11,13 @@ T = TypeVar("T")
 
 
 def near_matches(given: str, allowed: Iterable[str]) -> str:
-    """Returns ``given``'s near matches as a phrase for an error message, or an empty string."""
-    matches = difflib.get_close_matches(given, list(allowed), n=3, cutoff=0.6)
+    """Returns ``given``'s near matches as a phrase for an error message, or an empty string.
+
+    Of dotted names only the last part is compared: what they share says nothing.
+    """
+    names = {name.rpartition(".")[2]: name for name in allowed}
+    last = given.rpartition(".")[2]
+    matches = [names[match] for match in difflib.get_close_matches(last, list(names), n=3)]
     return f" Did you mean {' or '.join(matches)}?" if matches else ""
 
 

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,8 +192,8 @@ class Task(abc.ABC):
             for stale in self.cache_dir.glob(f"{self.folder.name}.tmp-*"):
                 shutil.rmtree(stale)
             shutil.rmtree(self.folder, ignore_errors=True)
-            prefix = f"{self.folder.name}.tmp-"
-            temporary = Path(tempfile.mkdtemp(dir=self.cache_dir, prefix=prefix))
+            temporary = self.cache_dir / f"{self.folder.name}.tmp-{os.getpid()}"
+            temporary.mkdir()
         try:
             splits = self.build()
             baselines = self.baselines(splits)

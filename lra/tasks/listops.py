@@ -45,6 +45,10 @@ class ListOps(Task):
         max_args: int = 10
         data_seed: int = 0
 
+        def __post_init__(self) -> None:
+            if min(self.num_train, self.num_val, self.num_test) < 1:
+                raise ValueError("num_train, num_val and num_test must be at least 1.")
+
     name = "listops"
     version = 1
     num_classes = 10
