@@ -16,11 +16,13 @@ from torch import Tensor
 from lra.tasks.base import Split
 
 CPU_TOKENS = 2**13
-"""Padded tokens of a training micro-batch on CPU.
+"""Padded tokens of a training micro-batch on CPU, at most.
 
-Measured with the `nystrom` models: from here on activations stay in cache, and smaller pieces cost
-more in calls than they save in padding.
+Measured with the `nystrom` models: activations of that size stay in cache.
 """
+
+CPU_PIECES = 4
+"""Micro-batches on CPU, at least, where lengths differ: more save less padding than they cost."""
 
 EVALUATION_TOKENS = 2**16
 """Padded tokens of an evaluation batch."""
@@ -120,4 +122,7 @@ def resolve_micro_batches(
         return min(setting, batch_size)
     if device.type != "cpu":
         return 1
-    return min(batch_size, math.ceil(batch_size * int(lengths.max(initial=0)) / CPU_TOKENS))
+    pieces = math.ceil(batch_size * int(lengths.max(initial=1)) / CPU_TOKENS)
+    if lengths.size and lengths.min() < lengths.max():
+        pieces = max(pieces, CPU_PIECES)
+    return min(batch_size, pieces)

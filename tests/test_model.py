@@ -371,7 +371,9 @@ def test_the_order_does_not_depend_on_the_examples():
 @pytest.mark.parametrize(
     ("setting", "batch_size", "lengths", "expected"),
     [
-        ("auto", 32, [5, 9], 3),
+        ("auto", 60, [5, 9], 6),
+        ("auto", 32, [5, 9], 4),  # padding is saved where lengths differ
+        ("auto", 3, [5, 9], 3),
         ("auto", 10, [10, 10], 1),
         ("auto", 11, [10, 10], 2),
         ("auto", 2, [500], 2),

@@ -41,7 +41,7 @@ def test_a_run_leaves_a_record_that_needs_nothing_else(smoke):
     assert done.precision == {"name": "fp32", "reason": "auto: CPU"}
     assert done.device["threads"] == 1
     assert done.versions["torch"] == torch.__version__
-    assert done.micro_batches == 1
+    assert done.micro_batches == 4
 
 
 def test_predictions_and_metrics_agree_with_the_record(smoke):
