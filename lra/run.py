@@ -115,10 +115,10 @@ def _run_owned(config: RunConfig, folder: Path) -> Record:
 
 def _run_recorded(config: RunConfig, current: Record, folder: Path) -> None:
     """Runs, and turns whatever ends the run into the status and reason of its record."""
+    current.save(folder)
     trainer = None
-    try:
-        current.save(folder)
-        with _StopSignals() as stop:
+    with _StopSignals() as stop:
+        try:
             prepared = config.build_task().prepare()
             current.task |= {
                 "data_hash": prepared.manifest["hash"],
@@ -128,21 +128,33 @@ def _run_recorded(config: RunConfig, current: Record, folder: Path) -> None:
             device = measure.resolve_device(config.device)
             trainer = Trainer(config, current, prepared, folder, device, stop)
             stop.deferred = True
-            trainer.fit()
-            trainer.test()
-        current.status = "ok"
-    except Stopped as stopped:
-        current.status, current.reason = stopped.status, str(stopped)
+            _train(trainer)
+            current.status = "ok"
+        except Stopped as stopped:
+            current.status, current.reason = stopped.status, str(stopped)
+        except KeyboardInterrupt:
+            current.status, current.reason = "interrupted", "stopped at once, without a checkpoint"
+        except Exception as error:
+            current.status, current.reason = _failure(error)
+            LOG.debug("%s", traceback.format_exc())
+        current.save(folder)
         if trainer is not None:
+            try:
+                trainer.close()
+            except Exception as error:  # the device may be what failed
+                LOG.warning("The last measures of this run are missing: %s", error)
+            current.save(folder)
+
+
+def _train(trainer: Trainer) -> None:
+    """Trains and tests; of a run that is stopped, keeps the last whole step."""
+    try:
+        trainer.fit()
+        trainer.test()
+    except Stopped as stopped:
+        if stopped.status != "diverged":
             trainer.save()
-    except KeyboardInterrupt:
-        current.status, current.reason = "interrupted", "stopped at once, without a checkpoint"
-    except Exception as error:
-        current.status, current.reason = _failure(error)
-        LOG.debug("%s", traceback.format_exc())
-    if trainer is not None:
-        trainer.close()
-    current.save(folder)
+        raise
 
 
 def _failure(error: Exception) -> tuple[record.Status, str]:

@@ -69,15 +69,18 @@ def _launch(_: Any) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "lra", "train", *overrides], start_new_session=True
     )
-    while True:
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        process.send_signal(signal.SIGINT)  # it saves and ends; a second Ctrl-C kills it
         try:
-            code = process.wait()
-            break
-        except KeyboardInterrupt:
-            process.send_signal(signal.SIGINT)
             process.wait()
-            raise
-    if code not in (0, 1, 130):
+        except KeyboardInterrupt:
+            process.kill()
+            process.wait()
+        raise
+    # 0, 1 and 130 are told in the record; 2 is a refusal, of a run that is not ours to judge.
+    if code not in (0, 1, 2, 130):
         _record_crash(config, folder, code)
 
 
