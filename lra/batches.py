@@ -24,8 +24,8 @@ Measured with the `nystrom` models: activations of that size stay in cache.
 CPU_PIECES = 4
 """Micro-batches on CPU, at least, where lengths differ: more save less padding than they cost."""
 
-EVALUATION_TOKENS = 2**16
-"""Padded tokens of an evaluation batch."""
+GPU_EVALUATION_TOKENS = 2**16
+"""Padded tokens of an evaluation batch on a GPU; on CPU it is a micro-batch's."""
 
 
 class MicroBatch(NamedTuple):
@@ -100,9 +100,10 @@ class Batches:
 
     def evaluation(self) -> Iterator[MicroBatch]:
         """Yields every example once, in batches of similar length and similar cost."""
+        budget = CPU_TOKENS if self._device.type == "cpu" else GPU_EVALUATION_TOKENS
         order = np.argsort(-self.lengths, kind="stable")
         while len(order):
-            count = max(1, EVALUATION_TOKENS // max(1, int(self.lengths[order[0]])))
+            count = max(1, budget // max(1, int(self.lengths[order[0]])))
             yield self.gather(order[:count])
             order = order[count:]
 

@@ -33,7 +33,7 @@ A finished run is kept, a cut one goes on from its checkpoint; both by the same 
   reuse=never                              start over instead of keeping or resuming
   model.KEY=VALUE train.KEY=VALUE          depart from the protocol; the run is marked as modified
 
-conf/config.yaml has every key and its meaning.
+conf/config.yaml and conf/protocol/ have every key and its meaning.
 """
 
 

@@ -87,13 +87,20 @@ class _Composer:
 
     def jobs(self, overrides: list[str]) -> list[list[str]]:
         """Returns the overrides of each run of a sweep."""
+        from hydra.errors import HydraException
+
+        # Of a key given twice, the last counts, as in Hydra.
+        last = {override.get_key_element(): override for override in self.parse(overrides)}
         choices = []
-        for override in self.parse(overrides):
+        for key, override in last.items():
             if override.is_sweep_override():
-                key = override.get_key_element()
-                choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
-                if not choices[-1]:
+                try:
+                    values = list(override.sweep_string_iterator())
+                except HydraException as error:
+                    raise ValueError(f"'{override.input_line}': {error}") from None
+                if not values:
                     raise ValueError(f"'{override.input_line}' matches nothing.")
+                choices.append([f"{key}={value}" for value in values])
             else:
                 choices.append([override.input_line])
         return [list(job) for job in itertools.product(*choices)]
@@ -136,7 +143,10 @@ class _Composer:
         """Returns the overrides of names and keys that exist, and what is wrong with the others."""
         problems, wrong = [], []
         for override in overrides:
-            if override.key_or_group in GROUPS:
+            if override.key_or_group in GROUPS and override.is_delete():
+                problems.append(f"{override.key_or_group} cannot be left out.")
+                wrong.append(override)
+            elif override.key_or_group in GROUPS:
                 options = self.loader.get_group_options(override.key_or_group)
                 if override.value() not in options:
                     problems.append(unknown(override.key_or_group, str(override.value()), options))
@@ -168,6 +178,8 @@ class _Composer:
             return OmegaConf.to_container(config, resolve=True)
         except MissingConfigException as error:
             folder, _, task = str(error.missing_cfg_file).rpartition("/")
+            if not folder.startswith("protocol/"):
+                raise ValueError(str(error).strip()) from None
             known = ", ".join(self.loader.get_group_options(folder)) or "none"
             raise ValueError(
                 f"{folder} does not say how task '{task}' is run. It has: {known}."
@@ -197,15 +209,7 @@ def store_groups(overrides: list[str]) -> None:
     """
     from hydra.core.config_store import ConfigStore
 
-    for module in _plugins(overrides):
-        if os.getcwd() not in sys.path:
-            sys.path.insert(0, os.getcwd())
-        try:
-            importlib.import_module(module)
-        except Exception as error:  # whatever a user's module does when it is imported
-            raise ValueError(
-                f"plugins: cannot import '{module}': {type(error).__name__}: {error}"
-            ) from error
+    import_plugins(_plugins(overrides))
     store = ConfigStore.instance()
     for group, registry in (("attention", ATTENTIONS), ("task", TASKS)):
         for name in registry.names():
@@ -214,6 +218,23 @@ def store_groups(overrides: list[str]) -> None:
             except ValueError:  # told when it is chosen; the others are not to suffer
                 options = {}
             store.store(group=group, name=name, node={"name": name} | options)
+
+
+def import_plugins(modules: Iterable[str]) -> None:
+    """Imports modules that register attentions or tasks; the current directory is searched too.
+
+    Raises:
+        ValueError: If one cannot be imported.
+    """
+    for module in modules:
+        if os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # whatever a user's module does when it is imported
+            raise ValueError(
+                f"plugins: cannot import '{module}': {type(error).__name__}: {error}"
+            ) from error
 
 
 def _plugins(overrides: list[str]) -> list[str]:

@@ -64,6 +64,9 @@ class TrainConfig:
         warmup_steps: Steps until the peak.
         weight_decay: Decoupled weight decay (AdamW).
         betas: AdamW's averaging coefficients.
+        beta1_cycle: The first coefficient moves from the first of these values to the second at
+            the end of the warm-up, and back, as torch's OneCycleLR does by default; None keeps
+            that of ``betas``.
         eps: AdamW's epsilon.
         clip_norm: Largest global gradient norm; 0 for no clipping.
         eval_every: Steps between evaluations of the whole validation set.
@@ -77,6 +80,7 @@ class TrainConfig:
     warmup_steps: int
     weight_decay: float
     betas: tuple[float, float]
+    beta1_cycle: tuple[float, float] | None
     eps: float
     clip_norm: float
     eval_every: int
@@ -90,7 +94,9 @@ class TrainConfig:
                 )
                 >= 1,
                 "lr must be positive and finite": 0 < self.lr < math.inf,
-                "betas must lie in [0, 1)": all(0 <= beta < 1 for beta in self.betas),
+                "betas and beta1_cycle must lie in [0, 1)": all(
+                    0 <= beta < 1 for beta in (*self.betas, *(self.beta1_cycle or ()))
+                ),
                 "warmup_steps must lie in [0, steps)": 0 <= self.warmup_steps < self.steps,
                 "weight_decay, eps and clip_norm must be finite and not negative": all(
                     0 <= value < math.inf for value in (self.weight_decay, self.eps, self.clip_norm)
@@ -194,14 +200,14 @@ class RunConfig:
     def folder(self, precision: str, device_kind: str) -> Path:
         """Returns the run's folder, which is its key in the store of runs."""
         digest = short_hash(self.identity(precision, device_kind))
-        cell = Path(self.runs_dir) / self.protocol.name / self.task["name"]
+        cell = Path(self.runs_dir).expanduser() / self.protocol.name / self.task["name"]
         return cell / self.attention["name"] / f"s{self.seed}-{digest}"
 
 
 def cache_dir(setting: str | None) -> Path:
     """Returns where prepared data is kept: the setting, else the user's cache folder."""
     if setting is not None:
-        return Path(setting)
+        return Path(setting).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lra"
 
 

@@ -1,5 +1,6 @@
 """What is there: `lra ls` (names, instantly) and `lra data` (prepared data of each task)."""
 
+import shlex
 from collections.abc import Sequence
 
 from lra.compose import conf_dir, load
@@ -40,7 +41,7 @@ def data(overrides: Sequence[str]) -> int:
     """
     if any(override.startswith("task=") for override in overrides):
         task = load(overrides).build_task()
-        task.prepare()
+        task.prepare(hashes=True)
         print(f"{task.name}: ready in {task.folder}")
         return 0
     whole = True
@@ -48,6 +49,6 @@ def data(overrides: Sequence[str]) -> int:
         task = load([*overrides, f"task={name}"]).build_task()
         state, reason = task.state(hashes=True)
         whole = whole and state == "found"
-        command = " ".join(["lra data", f"task={name}", *overrides])
+        command = shlex.join(["lra", "data", f"task={name}", *overrides])
         print(f"{name}: {state}: {reason}" + ("" if state == "found" else f"; run: {command}"))
     return 0 if whole else 1

@@ -17,27 +17,33 @@ class Clock:
     """Three clocks of which exactly one runs.
 
     Args:
-        seconds: Time already on the clocks, from an earlier session.
         device: The device to wait for before a clock is read.
     """
 
-    def __init__(self, seconds: dict[str, float], device: torch.device) -> None:
-        self._seconds = dict.fromkeys(PHASES, 0.0) | seconds
+    def __init__(self, device: torch.device) -> None:
+        self._seconds = dict.fromkeys(PHASES, 0.0)
         self._device = device
         self._phase = "other"
         self._since = time.perf_counter()
 
     def switch(self, phase: str) -> None:
         """Stops the running clock and starts that of ``phase``."""
+        if phase != self._phase:
+            self.read()
+            self._phase = phase
+
+    def carry(self, seconds: dict[str, float]) -> None:
+        """Adds the seconds of earlier sessions."""
+        for phase, earlier in seconds.items():
+            self._seconds[phase] += earlier
+
+    def read(self) -> dict[str, float]:
+        """Returns the seconds on each clock, once the device has done what it was given."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         now = time.perf_counter()
         self._seconds[self._phase] += now - self._since
-        self._phase, self._since = phase, now
-
-    def read(self) -> dict[str, float]:
-        """Returns the seconds on each clock."""
-        self.switch(self._phase)
+        self._since = now
         return dict(self._seconds)
 
     def total(self) -> float:
@@ -141,7 +147,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> dict[str, Any]:
-    """Returns the git commit of the code and whether tracked files differ from it."""
+    """Returns the git commit of the code, and whether code or configuration differ from it."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -155,10 +161,11 @@ def commit() -> dict[str, Any]:
         ).stdout.strip()
 
     try:
-        ours = Path(git("rev-parse", "--show-toplevel")) == Path(__file__).parents[1]
-        if not ours:
+        root = Path(__file__).parents[1]
+        if Path(git("rev-parse", "--show-toplevel")) != root:
             return {"commit": "unknown", "dirty": None}
-        dirty = bool(git("status", "--porcelain", "--untracked-files=no"))
+        code = ("lra", "models", "conf", "pyproject.toml")
+        dirty = bool(git("-C", str(root), "status", "--porcelain", "--", *code))
         return {"commit": git("rev-parse", "HEAD"), "dirty": dirty}
     except (OSError, subprocess.SubprocessError):
         return {"commit": "unknown", "dirty": None}

@@ -152,7 +152,9 @@ def load(folder: Path) -> Record | None:
             raise ValueError(f"its format {values['schema']} is newer than {SCHEMA}: update lra")
         return from_mapping(Record, values, "")
     except (ValueError, OSError, TypeError) as error:
-        raise ValueError(f"{path} is no record: {error}") from None
+        raise ValueError(
+            f"{path} is no record: {error}. Delete it or pass reuse=never to start the run over."
+        ) from None
 
 
 def save_predictions(folder: Path, predictions: np.ndarray, labels: np.ndarray) -> None:

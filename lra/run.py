@@ -19,9 +19,11 @@ import torch
 
 from lra import checkpoint, measure, record
 from lra.batches import Batches
+from lra.compose import import_plugins
 from lra.config import RunConfig
 from lra.files import Busy, canonical_json, locked, short_hash
 from lra.record import Record, Score
+from lra.tasks.base import Prepared
 from lra.train import Stopped, Trainer, autocast, build_model, evaluate, tested
 from lra.typed import from_mapping
 from models.attention import default_options
@@ -68,7 +70,7 @@ def new_record(config: RunConfig) -> Record:
     task = config.build_task()
     defaults = default_options(config.attention["name"])
     options = config.attention_options
-    settings = json.loads(canonical_json(asdict(config)))
+    settings = json.loads(_shareable(canonical_json(asdict(config))))
     del settings["modified"]
     return Record(
         hash=short_hash(config.identity(precision, device.type)),
@@ -87,7 +89,7 @@ def new_record(config: RunConfig) -> Record:
         },
         seed=config.seed,
         config=settings,
-        command=shlex.join(["lra", *sys.argv[1:]]),
+        command=_shareable(shlex.join(["lra", *sys.argv[1:]])),
         started=datetime.now(UTC).isoformat(timespec="seconds"),
         precision={"name": precision, "reason": reason},
         device=measure.device_facts(device),
@@ -104,29 +106,34 @@ def _run_owned(config: RunConfig, folder: Path) -> Record:
     if config.reuse == "never":
         _clear(folder)
     current = new_record(config)
+    for left_over in folder.glob(".*.tmp"):  # of a write that a kill -9 cut
+        left_over.unlink()
     if earlier is not None:
         current.started, current.sessions = earlier.started, earlier.sessions + 1
     with _log_file(folder):
         LOG.debug("%s", current.command)
-        _run_recorded(config, current, folder)
+        data_hash = earlier.task.get("data_hash") if earlier else None
+        _run_recorded(config, current, folder, data_hash)
         LOG.info("%s", describe(current))
     return current
 
 
-def _run_recorded(config: RunConfig, current: Record, folder: Path) -> None:
+def _run_recorded(config: RunConfig, current: Record, folder: Path, data_hash: str | None) -> None:
     """Runs, and turns whatever ends the run into the status and reason of its record."""
     current.save(folder)
     trainer = None
+    device = measure.resolve_device(config.device)
+    clock = measure.Clock(device)
     with _StopSignals() as stop:
         try:
             prepared = config.build_task().prepare()
+            _check_data(prepared, folder, data_hash)
             current.task |= {
                 "data_hash": prepared.manifest["hash"],
                 "splits": prepared.manifest["splits"],
                 "baselines": prepared.manifest["baselines"],
             }
-            device = measure.resolve_device(config.device)
-            trainer = Trainer(config, current, prepared, folder, device, stop)
+            trainer = Trainer(config, current, prepared, folder, device, stop, clock)
             stop.deferred = True
             _train(trainer)
             current.status = "ok"
@@ -137,13 +144,30 @@ def _run_recorded(config: RunConfig, current: Record, folder: Path) -> None:
         except Exception as error:
             current.status, current.reason = _failure(error)
             LOG.debug("%s", traceback.format_exc())
-        current.save(folder)
+        current.reason = _shareable(current.reason)
         if trainer is not None:
             try:
-                trainer.close()
+                trainer.complete_record()
             except Exception as error:  # the device may be what failed
                 LOG.warning("The last measures of this run are missing: %s", error)
-            current.save(folder)
+        current.save(folder)
+        if trainer is not None:
+            trainer.close()
+
+
+def _check_data(prepared: Prepared, folder: Path, data_hash: str | None) -> None:
+    """Refuses to go on with other data than an earlier session had."""
+    if data_hash not in (None, prepared.manifest["hash"]):
+        raise ValueError(
+            f"{folder} was begun on data {data_hash}, but the prepared data is "
+            f"{prepared.manifest['hash']}: pass reuse=never to start the run over."
+        )
+
+
+def _shareable(text: str) -> str:
+    """Returns ``text`` with the user's home folder, which has the user's name in it, as ``~``."""
+    home = str(Path.home())
+    return text.replace(home, "~") if len(home) > 1 else text
 
 
 def _train(trainer: Trainer) -> None:
@@ -184,12 +208,16 @@ def evaluate_again(folder: Path) -> tuple[Record, Score]:
         missing = "record.json" if finished is None else "checkpoint with an evaluation"
         raise ValueError(f"{folder} has no {missing}: give the folder of a run that was trained.")
     config = from_mapping(RunConfig, finished.config, "")
+    import_plugins(config.plugins)
     device = measure.resolve_device(config.device)
     task = config.build_task()
     validation, weights = tested(config.train, saved["state"])
     model = build_model(config, task)
     model.load_state_dict(saved["model"] if weights is None else weights)
-    data = Batches(task.prepare().splits["test"], device)
+    prepared = task.prepare()
+    _check_data(prepared, folder, finished.task.get("data_hash"))
+    finished.steps = saved["state"].step
+    data = Batches(prepared.splits["test"], device)
     precision = autocast(device, finished.precision["name"])
     score, _ = evaluate(model.to(device), data, precision, validation.step)
     return finished, score
@@ -208,7 +236,7 @@ def describe(finished: Record) -> str:
 
 
 class _StopSignals:
-    """Notes SIGINT and SIGTERM; acts on them at once until ``deferred``, and on a second one."""
+    """Notes SIGINT, SIGTERM and SIGHUP; acts at once until ``deferred``, and on a second one."""
 
     def __init__(self) -> None:
         self.signal: str | None = None
@@ -216,7 +244,7 @@ class _StopSignals:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "_StopSignals":
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             self._previous[number] = signal.signal(number, self._note)
         return self
 

@@ -42,7 +42,8 @@ def sweep(overrides: Sequence[str]) -> int:
     arguments, sys.argv = sys.argv, ["lra", "--multirun", *overrides]
     # Without this, Hydra prints and swallows what a job raises.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    ends = (signal.SIGTERM, signal.SIGHUP)
+    previous = {number: signal.signal(number, signal.default_int_handler) for number in ends}
     stopped = False
     try:
         hydra.main(version_base="1.3", config_path=str(conf_dir().resolve()), config_name="config")(
@@ -51,7 +52,8 @@ def sweep(overrides: Sequence[str]) -> int:
     except KeyboardInterrupt:
         stopped = True
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
         sys.argv = arguments
     rows = [_row(folder, skipped=done) for folder, done in zip(folders, finished, strict=True)]
     print(_table(rows))
@@ -66,8 +68,13 @@ def _launch(_: Any) -> None:
     if config.reuse == "auto" and _status(folder) == "ok":
         return
     # In a session of its own, so that a Ctrl-C at the terminal reaches it once: through us.
+    # -P and this path: the child has our packages, whatever the current folder holds.
+    root = str(Path(__file__).parents[1])
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     process = subprocess.Popen(
-        [sys.executable, "-m", "lra", "train", *overrides], start_new_session=True
+        [sys.executable, "-P", "-m", "lra", "train", *overrides],
+        env=os.environ | {"PYTHONPATH": path},
+        start_new_session=True,
     )
     try:
         code = process.wait()
@@ -116,7 +123,7 @@ def _row(folder: Path, skipped: bool) -> tuple[str, str, str, str]:
         return str(folder), "not started", "", ""
     score = f"{found.test.accuracy:.2%}" if found.test else ""
     if skipped:
-        return str(folder), "skipped", score, "finished before"
+        return str(folder), "skipped", score, f"finished before; {folder / 'log.txt'}"
     log = folder / "log.txt"
     reason = f"{found.reason} (log: {log})" if found.status != "ok" else str(log)
     return str(folder), found.status, score, reason

@@ -14,7 +14,8 @@ from lra.record import Record
 
 LOG = logging.getLogger("lra")
 
-INIT_SECONDS = 60
+SECONDS = 60
+"""The longest that a connection may take to begin or to end."""
 
 
 class Tracker:
@@ -74,7 +75,9 @@ def _init(settings: WandbConfig, record: Record, folder: Path) -> Any:
         tags=[record.protocol, task, attention],
         config=record.config,
         resume="allow",
-        settings=wandb.Settings(silent=True, console="off", init_timeout=INIT_SECONDS),
+        settings=wandb.Settings(
+            silent=True, console="off", init_timeout=SECONDS, finish_timeout=SECONDS
+        ),
     )
     run.define_metric("val_accuracy", summary="max")
     return run

@@ -59,6 +59,7 @@ class Trainer:
         folder: The run's folder; a checkpoint in it is gone on from.
         device: Where to compute.
         stop: Looked at after every step and evaluation batch.
+        clock: The session's clocks, running since its start.
     """
 
     def __init__(
@@ -69,18 +70,22 @@ class Trainer:
         folder: Path,
         device: torch.device,
         stop: StopRequest,
+        clock: measure.Clock,
     ) -> None:
         self.config, self.record, self.folder = config, record, folder
         self.device, self.stop = device, stop
         self.autocast = autocast(device, record.precision["name"])
         saved = checkpoint.load(folder, record.hash)
         self.state = saved["state"] if saved else State()
-        self.clock = measure.Clock(self.state.seconds, device)
+        self.clock = clock
+        self.clock.carry(self.state.seconds)
         self.data = {name: Batches(split, device) for name, split in prepared.splits.items()}
         self.pieces = resolve_micro_batches(
             config.micro_batches, config.train.batch_size, self.data["train"].lengths, device
         )
 
+        self.tracker = Tracker(config.wandb if config.tracker == "wandb" else None, record, folder)
+        # After the data and the tracker, whose memory is not the model's.
         self.memory = measure.PeakMemory(device)
         torch.manual_seed(config.seed)
         task = config.build_task()
@@ -103,7 +108,6 @@ class Trainer:
         with torch.device("meta"):
             record.parameters_of_softmax = count_parameters(build_model(config, task, "softmax"))
         self.metrics = Metrics(folder / "metrics.jsonl", self.state.evaluated)
-        self.tracker = Tracker(config.wandb if config.tracker == "wandb" else None, record, folder)
         # Summed training loss and right answers stay on the device between evaluations.
         self.sums = torch.tensor(
             [self.state.train_loss, self.state.train_correct], dtype=torch.float64, device=device
@@ -143,7 +147,6 @@ class Trainer:
                 bar.update()
                 self._check_limits()
                 if self.clock.total() - self.saved_at > self.config.checkpoint_seconds:
-                    self.clock.switch("other")
                     self.save()
 
     def _step(self) -> None:
@@ -154,6 +157,7 @@ class Trainer:
         resample(self.model, torch.Generator().manual_seed(seed))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(train, step)
+            group["betas"] = (beta1(train, step), train.betas[1])
         pieces = self.data["train"].training(step, train.batch_size, self.pieces, self.config.seed)
         size = sum(len(piece.labels) for piece in pieces)
         self.model.train()
@@ -195,6 +199,8 @@ class Trainer:
         if not math.isfinite(state.train_loss):
             raise Stopped("diverged", f"the training loss is not finite by step {state.step:,}")
         score, _ = self._evaluate(self.model, "val", state.step)
+        if not math.isfinite(score.loss):
+            raise Stopped("diverged", f"the validation loss is not finite at step {state.step:,}")
         metrics = {
             "train_loss": state.train_loss / state.train_seen,
             "train_accuracy": state.train_correct / state.train_seen,
@@ -234,14 +240,15 @@ class Trainer:
 
     def save(self) -> None:
         """Writes a checkpoint of the last whole step, unless its loss is not finite."""
+        self.clock.switch("other")
         self._read_sums()
         if math.isfinite(self.state.train_loss):
             self._read_measures()
             checkpoint.save(self.folder, self.record.hash, self.state, self.model, self.optimizer)
             self.saved_at = self.clock.total()
 
-    def close(self) -> None:
-        """Completes the record with what was measured and ends the tracker."""
+    def complete_record(self) -> None:
+        """Writes what was measured into the record."""
         self._read_measures()
         record, state = self.record, self.state
         record.steps = state.step
@@ -258,8 +265,11 @@ class Trainer:
                 timed.tokens / timed.seconds,
                 timed.steps,
             )
-        summary = {key: value for key, value in asdict(record).items() if key != "config"}
-        self.tracker.close(summary, failed=record.status != "ok")
+
+    def close(self) -> None:
+        """Ends the tracker, with the record as its summary."""
+        summary = {key: value for key, value in asdict(self.record).items() if key != "config"}
+        self.tracker.close(summary, failed=self.record.status != "ok")
 
     def _read_sums(self) -> None:
         self.state.train_loss, self.state.train_correct = self.sums.tolist()
@@ -354,11 +364,23 @@ def learning_rate(train: TrainConfig, step: int) -> float:
 
     Equals torch's OneCycleLR with pct_start = warmup_steps / steps and linear annealing.
     """
-    low, peak, end = train.lr / 25, train.lr, train.lr / 25 / 1e4
-    turn, last = train.warmup_steps - 1, train.steps - 1
-    if step <= turn:
-        return low + (peak - low) * (step / turn if turn else 1.0)
-    return peak + (end - peak) * (step - turn) / (last - turn)
+    return _one_cycle(train, step, train.lr / 25, train.lr, train.lr / 25 / 1e4)
+
+
+def beta1(train: TrainConfig, step: int) -> float:
+    """Returns AdamW's first averaging coefficient in step ``step``; see ``TrainConfig``."""
+    if train.beta1_cycle is None:
+        return train.betas[0]
+    start, turn = train.beta1_cycle
+    return _one_cycle(train, step, start, turn, start)
+
+
+def _one_cycle(train: TrainConfig, step: int, start: float, turn: float, end: float) -> float:
+    """Interpolates linearly from start to turn at the end of the warm-up, then to the end."""
+    warm, last = train.warmup_steps - 1, train.steps - 1
+    if step <= warm:
+        return start + (turn - start) * (step / warm if warm else 1.0)
+    return turn + (end - turn) * (step - warm) / (last - warm)
 
 
 def step_seed(seed: int, step: int) -> int:

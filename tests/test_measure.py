@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 
 def test_exactly_one_clock_runs():
-    clock = Clock({}, CPU)
+    clock = Clock(CPU)
     time.sleep(0.02)
     clock.switch("train")
     time.sleep(0.05)
@@ -25,7 +25,8 @@ def test_exactly_one_clock_runs():
 
 
 def test_clocks_go_on_from_an_earlier_session():
-    clock = Clock({"train": 100.0}, CPU)
+    clock = Clock(CPU)
+    clock.carry({"train": 100.0})
     assert clock.read()["train"] == 100.0
     assert clock.total() >= 100.0
 

@@ -316,7 +316,7 @@ def test_micro_batches_hold_their_examples_in_order_of_length(split, batch_size,
 @deterministic
 def test_evaluation_has_each_example_once(split, budget):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batches_module, "EVALUATION_TOKENS", budget)
+        patch.setattr(batches_module, "CPU_TOKENS", budget)
         batches = list(Batches(split, CPU).evaluation())
     assert sorted(indices_of(batches)) == list(range(len(split)))
     for batch in batches:

@@ -67,6 +67,25 @@ def test_the_checkpoint_gives_the_same_test_score_again(smoke):
     assert score == done.test
 
 
+def test_other_data_than_a_run_was_begun_on_is_refused(smoke):
+    cut = run(load(smoke("time_limit_minutes=0.00001")))
+    cut.task["data_hash"] = "another"
+    cut.save(folder_of(smoke()))
+    again = run(load(smoke()))
+    assert again.status == "failed"
+    assert "begun on data another" in again.reason
+    assert run(load(smoke("reuse=never"))).status == "ok"
+
+
+def test_a_record_names_no_home_folder(smoke, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    done = run(load(smoke()))
+    assert done.config["runs_dir"] == "~/runs"
+    assert str(tmp_path) not in (folder_of(smoke()) / "record.json").read_text()
+    _, score = evaluate_again(folder_of(smoke()))
+    assert score == done.test
+
+
 def test_a_finished_run_is_returned_without_touching_data(smoke, monkeypatch):
     done = run(load(smoke()))
 

@@ -8,9 +8,10 @@ import torch
 
 from lra.batches import Batches
 from lra.compose import load
+from lra.measure import Clock
 from lra.run import new_record
 from lra.tasks.base import Prepared, Split
-from lra.train import Trainer, autocast, evaluate, learning_rate, step_seed
+from lra.train import Trainer, autocast, beta1, evaluate, learning_rate, step_seed
 
 
 class NoStop:
@@ -21,7 +22,8 @@ def trainer(overrides, folder, prepared=None):
     config = load(overrides)
     folder.mkdir(parents=True)
     prepared = prepared or config.build_task().prepare()
-    return Trainer(config, new_record(config), prepared, folder, torch.device("cpu"), NoStop())
+    cpu = torch.device("cpu")
+    return Trainer(config, new_record(config), prepared, folder, cpu, NoStop(), Clock(cpu))
 
 
 def weights(of):
@@ -30,20 +32,23 @@ def weights(of):
 
 @pytest.mark.parametrize(("steps", "warmup"), [(5000, 1000), (20, 4), (3, 2)])
 def test_the_schedule_is_torch_s_one_cycle_with_linear_annealing(smoke, steps, warmup):
+    """Torch cycles AdamW's first coefficient too, as the published code lets it."""
     train = load(smoke(f"train.steps={steps}", f"train.warmup_steps={warmup}")).train
     optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=train.lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, train.lr, total_steps=steps, pct_start=warmup / steps, anneal_strategy="linear"
     )
-    expected = []
+    expected, momenta = [], []
     for _ in range(steps):
         expected.append(optimizer.param_groups[0]["lr"])
+        momenta.append(optimizer.param_groups[0]["betas"][0])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # no optimiser step is taken here
             schedule.step() if len(expected) < steps else None
     ours = [learning_rate(train, step) for step in range(steps)]
     # pct_start * steps is rounded in torch.
     np.testing.assert_allclose(ours, expected, rtol=1e-9)
+    np.testing.assert_allclose([beta1(train, step) for step in range(steps)], momenta, rtol=1e-9)
 
 
 def test_a_run_without_warm_up_starts_at_the_peak(smoke):
@@ -98,7 +103,7 @@ def test_evaluation_scores_every_example_whatever_the_batches(smoke, tmp_path, m
     trained._step()
     data, precision = trained.data["val"], autocast(torch.device("cpu"), "fp32")
     score, predictions = evaluate(trained.model, data, precision, 1)
-    monkeypatch.setattr("lra.batches.EVALUATION_TOKENS", 1)
+    monkeypatch.setattr("lra.batches.CPU_TOKENS", 1)
     one_by_one, same = evaluate(trained.model, data, precision, 1)
     assert score.n == len(data) == 100
     assert (predictions == same).all()
@@ -129,7 +134,7 @@ def test_a_rule_that_can_be_read_off_the_tokens_is_learned(smoke, tmp_path):
 def test_the_throughput_leaves_out_the_first_steps_of_a_session(smoke, tmp_path):
     timed = trainer(smoke("train.steps=8"), tmp_path / "run")
     timed.fit()
-    timed.close()
+    timed.complete_record()
     speed = timed.record.throughput
     assert speed.steps == 3
     assert speed.examples_per_second == pytest.approx(16 * speed.steps_per_second)

@@ -12,7 +12,7 @@ DASH = "–"
 NOT_LEARNED, LARGER, MODIFIED = "†", "‡", "*"
 
 MARKS = {
-    NOT_LEARNED: "not learned: the 95 % interval reaches the majority class",
+    NOT_LEARNED: "not learned: the 95 % interval of a run reaches the majority class",
     LARGER: "more than 110 % of the parameters of the softmax model",
     MODIFIED: "departs from the protocol, as said in brackets",
 }
@@ -155,11 +155,11 @@ def _row(records: Sequence[Record]) -> dict[str, Any]:
     row |= {
         "accuracy": 100 * mean(score.accuracy for score in scores),
         "sd": 100 * stdev(score.accuracy for score in scores) if len(scores) > 1 else None,
-        "low": 100 * mean(score.low for score in scores),
-        "high": 100 * mean(score.high for score in scores),
         "n": scores[0].n,
     }
-    if row["low"] <= 100 * first.task["baselines"]["majority class"]:
+    if len(scores) == 1:  # over several seeds their deviation tells more
+        row |= {"low": 100 * scores[0].low, "high": 100 * scores[0].high}
+    if mean(score.low for score in scores) <= first.task["baselines"]["majority class"]:
         row["marks"] += NOT_LEARNED
     if len(conditions) == 1:  # figures of two devices have no mean
         speeds = [r.throughput for r in done if r.throughput]

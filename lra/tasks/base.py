@@ -119,23 +119,26 @@ class Task(abc.ABC):
         """Where the prepared splits are, or will be."""
         return self.cache_dir / f"{self.name}-v{self.version}-{self.fingerprint}"
 
-    def prepare(self) -> Prepared:
+    def prepare(self, hashes: bool = False) -> Prepared:
         """Opens the prepared splits, building them first where they are missing or damaged.
 
         Safe when several processes call it at once: one builds, the others wait for it. A build
         that dies leaves nothing that would be taken for data.
 
+        Args:
+            hashes: Look for damage in contents too, not only in sizes.
+
         Raises:
             ValueError: If the source is missing or broken, or the disk is full.
         """
-        state, reason = self.state()
+        state, reason = self.state(hashes)
         if state != "found":
             lock = self.folder.with_suffix(".lock")
             with self._writing():
                 self.cache_dir.mkdir(parents=True, exist_ok=True)
                 lock.touch()
             with locked(lock, wait=True):
-                state, reason = self.state()
+                state, reason = self.state(hashes)
                 if state == "damaged":
                     print(f"Prepared {self.name} data is rebuilt: {reason}.", file=sys.stderr)
                 if state != "found":

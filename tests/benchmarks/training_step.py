@@ -4,7 +4,7 @@
 
 Every round takes one step of each contestant in turn, so that drift favours none; the medians are
 compared. `bare SDPA` is a model of the same size written out with plain torch modules around
-`scaled_dot_product_attention`, to show what the harness itself costs.
+`scaled_dot_product_attention` and the project's dropout, to show what the harness itself costs.
 """
 
 import argparse
@@ -20,10 +20,13 @@ from torch import nn
 from torch.profiler import profile
 
 from lra.compose import load
+from lra.measure import Clock
 from lra.run import new_record
 from lra.tasks.base import Prepared, Split
 from lra.train import Trainer
+from models.dropout import Dropout
 
+CPU = torch.device("cpu")
 BATCH, LENGTH, DIM, HEADS, HIDDEN, CLASSES = 32, 2048, 64, 2, 128, 10
 
 
@@ -33,18 +36,19 @@ class BareBlock(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(DIM) for _ in range(2))
         self.qkv = nn.Linear(DIM, 3 * DIM)
         self.out = nn.Linear(DIM, DIM)
+        self.dropout = Dropout(0.1)
         self.ffn = nn.Sequential(
             nn.Linear(DIM, HIDDEN),
             nn.GELU(),
-            nn.Dropout(0.1),
+            Dropout(0.1),
             nn.Linear(HIDDEN, DIM),
-            nn.Dropout(0.1),
+            Dropout(0.1),
         )
 
     def forward(self, x):
         q, k, v = self.qkv(self.norms[0](x)).view(*x.shape[:2], 3, HEADS, -1).unbind(2)
         y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-        x = x + F.dropout(self.out(y.transpose(1, 2).flatten(2)), 0.1)
+        x = x + self.dropout(self.out(y.transpose(1, 2).flatten(2)))
         return x + self.ffn(self.norms[1](x))
 
 
@@ -53,12 +57,13 @@ class Bare(nn.Module):
         super().__init__()
         self.tokens = nn.Embedding(32, DIM)
         self.positions = nn.Parameter(0.02 * torch.randn(LENGTH, DIM))
+        self.dropout = Dropout(0.1)
         self.blocks = nn.Sequential(BareBlock(), BareBlock())
         self.norm = nn.LayerNorm(DIM)
         self.head = nn.Sequential(nn.Linear(DIM, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, CLASSES))
 
     def forward(self, tokens):
-        x = F.dropout(self.tokens(tokens) + self.positions, 0.1)
+        x = self.dropout(self.tokens(tokens) + self.positions)
         return self.head(self.norm(self.blocks(x)).mean(1))
 
 
@@ -94,8 +99,8 @@ def harness_step(prepared, *overrides):
     config = load(["protocol=nystrom", "tracker=none", *overrides])
     prepared = prepared or config.build_task().prepare()
     folder = Path(tempfile.mkdtemp())
-    trainer = Trainer(config, new_record(config), prepared, folder, torch.device("cpu"), NoStop())
-    return trainer._step
+    record = new_record(config)
+    return Trainer(config, record, prepared, folder, CPU, NoStop(), Clock(CPU))._step
 
 
 def compare(title, reference, steps, rounds, profiled):
