@@ -15,6 +15,7 @@ from contextlib import closing
 from functools import partial
 from itertools import count, islice, pairwise
 from multiprocessing import get_context, parent_process
+from reprlib import repr as excerpt
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ VOCAB = ("<pad>", *"0123456789", "[MIN", "[MAX", "[MED", "[SM", "]")
 """The text of every token id: 0 is padding, digit d is d + 1, operators are 11 to 14, ``]`` 15."""
 
 _IDS = {text: token for token, text in enumerate(VOCAB) if text != "<pad>"}
+_DROPPED = {"", "(", ")"}
 _ZERO, _NINE = _IDS["0"], _IDS["9"]
 _MIN, _MAX, _MED, _SM, _CLOSE = (_IDS[text] for text in ("[MIN", "[MAX", "[MED", "[SM", "]"))
 
@@ -31,8 +33,8 @@ def encode(source: str) -> np.ndarray:
     """Turn the text of one expression into token ids, without checking that it is well-formed.
 
     Args:
-        source: Tokens separated by white space. The round parentheses of the official files, which
-            only make the tree binary, are dropped.
+        source: Tokens separated by spaces, and possibly the round parentheses of the official
+            files, which only make the tree binary and are dropped.
 
     Returns:
         The ids, uint8 of shape (length,).
@@ -40,17 +42,17 @@ def encode(source: str) -> np.ndarray:
     Raises:
         ValueError: The text holds an unknown token, or no token at all.
     """
-    words = source.replace("(", " ").replace(")", " ").split()
+    words = [word for word in source.split(" ") if word not in _DROPPED]
     try:
         ids = bytearray(map(_IDS.__getitem__, words))
     except KeyError as error:
         word = error.args[0]
         raise ValueError(
-            f"unknown ListOps token {word!r} at position {words.index(word)} (parentheses not "
-            f"counted); allowed: {' '.join(_IDS)} and the parentheses ( )"
+            f"unknown ListOps token {excerpt(word)} at position {words.index(word)} (parentheses "
+            f"not counted); allowed: {' '.join(_IDS)} and the parentheses ( )"
         ) from None
     if not ids:
-        raise ValueError(f"empty ListOps expression: {source!r}")
+        raise ValueError(f"empty ListOps expression: {excerpt(source)}")
     return np.frombuffer(ids, dtype=np.uint8)
 
 

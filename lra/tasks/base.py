@@ -76,6 +76,8 @@ class Task(abc.ABC):
 
     name: ClassVar[str]
     version: ClassVar[int]
+    sources: ClassVar[frozenset[str]] = frozenset()
+    """Options that choose where the same task's data is from: no departure from a protocol."""
     dual: ClassVar[bool] = False
     num_classes: ClassVar[int]
     vocab_size: ClassVar[int]

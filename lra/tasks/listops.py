@@ -1,31 +1,35 @@
 """ListOps: the value of a nested list expression, ten classes (Nangia & Bowman 2018).
 
 Expressions of MIN, MAX, MED (floor of the median) and SM (sum modulo 10) over digits, up to ten
-levels deep, with the settings of the Long Range Arena (Tay et al. 2021). They are generated here;
-round parentheses, which carry no information, are no tokens.
+levels deep, with the settings of the Long Range Arena (Tay et al. 2021). They are generated here or
+read from its official files; round parentheses, which carry no information, are no tokens.
 """
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Literal
 
 import numpy as np
 from tqdm import tqdm
 
 from lra.tasks import register_task
 from lra.tasks._listops import VOCAB, evaluate, generate
+from lra.tasks._listops_files import find_files, read_files
 from lra.tasks.base import Split, Task
 
 
 @register_task("listops")
 class ListOps(Task):
-    """Generated ListOps expressions, distinct across all splits."""
+    """ListOps expressions: generated, distinct across all splits, or those of the release."""
 
     @dataclass(frozen=True)
     class Config:
         """Options of ListOps.
 
         Attributes:
+            source: ``generated``, by the options below; or ``official``: the files of the Long
+                Range Arena release, found in ``data_dir``, to which no other option applies.
             num_train: Training examples.
             num_val: Validation examples.
             num_test: Test examples.
@@ -36,6 +40,7 @@ class ListOps(Task):
             data_seed: Seed of the generator.
         """
 
+        source: Literal["generated", "official"] = "generated"
         num_train: int = 96_000
         num_val: int = 2_000
         num_test: int = 2_000
@@ -48,9 +53,26 @@ class ListOps(Task):
         def __post_init__(self) -> None:
             if min(self.num_train, self.num_val, self.num_test) < 1:
                 raise ValueError("num_train, num_val and num_test must be at least 1.")
+            if self.source == "official":
+                self._refuse_generator_options()
+
+        def _refuse_generator_options(self) -> None:
+            changed = [
+                f"{field.name}={getattr(self, field.name)}"
+                for field in fields(self)
+                if field.name != "source" and getattr(self, field.name) != field.default
+            ]
+            if changed:
+                raise ValueError(
+                    f"source=official takes the released files as they are; options of the "
+                    f"generator must keep their defaults, but there is {', '.join(changed)}. Leave "
+                    f"them out, and use a protocol that sets none of them, such as "
+                    f"protocol=nystrom."
+                )
 
     name = "listops"
     version = 1
+    sources = frozenset({"source"})
     num_classes = 10
     vocab_size = len(VOCAB)
 
@@ -60,8 +82,10 @@ class ListOps(Task):
         return self.config.max_length - 1
 
     def build(self) -> dict[str, Split]:
-        """Generates all splits from one stream of distinct expressions."""
+        """Reads the official files, or generates all splits from one stream of expressions."""
         config = self.config
+        if config.source == "official":
+            return read_files(find_files(self.data_dir), self.max_len)
         sizes = (config.num_train, config.num_val, config.num_test)
         total = sum(sizes)
         with tqdm(total=total, desc="ListOps expressions", unit="", unit_scale=True) as bar:
