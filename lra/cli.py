@@ -16,7 +16,8 @@ examples:
   lra eval runs/quick/listops/softmax/s0-1a2b3c4d
   lra report
   lra data task=listops protocol=quick
-  lra ls
+  lra ls attention=rfa
+  lra check attention=rfa attention.gate=true
 """
 
 TRAIN_HELP = """\
@@ -111,7 +112,14 @@ def _other(arguments: list[str]) -> int:
     command.add_argument("--out", type=Path, default=Path("results"), help="folder to write to")
     command = commands.add_parser("data", help="say what data is there, or prepare a task's")
     command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="task=NAME prepares it")
-    command = commands.add_parser("ls", help="list tasks, attentions and protocols")
+    command = commands.add_parser("ls", help="list names, capabilities and options")
+    command.add_argument(
+        "what", nargs="*", metavar="WHAT", help="attention, attention=NAME or task=NAME"
+    )
+    command = commands.add_parser("check", help="check that an attention keeps its contract")
+    command.add_argument(
+        "overrides", nargs="+", metavar="KEY=VALUE", help="attention=NAME and its options"
+    )
     try:
         given = parser.parse_args(arguments)
     except SystemExit as end:  # after --help or a mistake, which argparse has told
@@ -126,10 +134,30 @@ def _other(arguments: list[str]) -> int:
         from lra.listing import data
 
         return data(given.overrides)
+    if given.command == "check":
+        return _check(given.overrides)
     from lra.listing import listing
 
-    print(listing())
+    print(listing(given.what))
     return 0
+
+
+def _check(overrides: list[str]) -> int:
+    from lra.compose import load_attentions
+
+    attentions = load_attentions(overrides)
+    from lra.conformance import check, table
+    from models.attention import ATTENTIONS
+
+    failed = 0
+    for name, options in attentions:
+        given = "".join(f" attention.{key}={value}" for key, value in options.items())
+        results = check(ATTENTIONS.get(name), options)
+        count = sum(r.outcome == "fail" for r in results)
+        print(f"attention={name}{given}\n{table(results)}")
+        print(f"{len(results)} checks, {count} failed\n", flush=True)
+        failed += count
+    return int(failed > 0)
 
 
 def _evaluate(folder: Path) -> int:

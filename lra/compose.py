@@ -16,7 +16,7 @@ from typing import Any
 from lra.config import RunConfig, options_of, require
 from lra.tasks import TASKS
 from lra.typed import from_mapping, unknown
-from models.attention import ATTENTIONS
+from models.attention import ATTENTIONS, capabilities
 
 GROUPS = ("task", "attention", "protocol")
 PROTOCOL_SECTIONS = ("task", "model", "train")
@@ -61,6 +61,47 @@ def load_sweep(overrides: Iterable[str]) -> list[RunConfig]:
     if problems:
         raise ValueError("\n".join(dict.fromkeys(problems)))
     return configs
+
+
+def load_attentions(overrides: Iterable[str]) -> list[tuple[str, dict[str, Any]]]:
+    """Reads attentions and their options alone, without a task or a protocol around them.
+
+    Args:
+        overrides: ``attention=NAME``, ``attention.OPTION=VALUE`` and ``plugins=[...]``; values may
+            be lists, as in a sweep.
+
+    Returns:
+        The name of each attention, and the options that are given.
+
+    Raises:
+        ValueError: One message with every problem.
+    """
+    overrides = list(overrides)
+    found, problems = [], []
+    with _composer(overrides) as composer:
+        for job in composer.jobs(overrides):
+            parsed = composer.parse(job)
+            problems += [f"'{o.input_line}': write KEY=VALUE." for o in parsed if o.is_delete()]
+            given = {o.key_or_group: o.value() for o in parsed if not o.is_delete()}
+            given.pop("plugins", None)
+            name = given.pop("attention", None)
+            options = {}
+            for key, value in given.items():
+                if key.startswith("attention."):
+                    options[key.removeprefix("attention.")] = value
+                else:
+                    allowed = ("attention", "attention.OPTION", "plugins")
+                    problems.append(unknown("key", key, allowed))
+            with _collecting(problems):
+                if name is None:
+                    names = "|".join(ATTENTIONS.names())
+                    raise ValueError(f"Name an attention: attention={names}.")
+                name = str(name)
+                from_mapping(ATTENTIONS.get(name).Config, options, "attention")
+                found.append((name, options))
+    if problems:
+        raise ValueError("\n".join(dict.fromkeys(problems)))
+    return found
 
 
 class _Composer:
@@ -130,13 +171,14 @@ class _Composer:
         if problems:
             raise ValueError("\n".join(problems))
         asked = dict(_flatten(protocol))
-        config.modified.update(
-            {
-                key: [asked.get(key), value]
-                for key, value in _flatten(composed)
-                if key.partition(".")[0] in PROTOCOL_SECTIONS and asked.get(key) != value
-            }
-        )
+        changed = {key: v for key, v in _flatten(composed) if asked.get(key) != v}
+        sources = {f"task.{name}" for name in TASKS.get(config.task["name"]).sources}
+        for key, value in changed.items():
+            section, _, name = key.partition(".")
+            if section == "attention":
+                config.non_default[name] = value
+            elif section in PROTOCOL_SECTIONS and key not in sources:
+                config.modified[key] = [asked.get(key), value]
         return config
 
     def _sound(self, overrides: list[Any]) -> tuple[list[Any], list[str]]:
@@ -209,7 +251,7 @@ def store_groups(overrides: list[str]) -> None:
     """
     from hydra.core.config_store import ConfigStore
 
-    import_plugins(_plugins(overrides))
+    import_plugins(named_plugins(overrides))
     store = ConfigStore.instance()
     for group, registry in (("attention", ATTENTIONS), ("task", TASKS)):
         for name in registry.names():
@@ -237,12 +279,14 @@ def import_plugins(modules: Iterable[str]) -> None:
             ) from error
 
 
-def _plugins(overrides: list[str]) -> list[str]:
+def named_plugins(overrides: list[str]) -> list[str]:
     """Returns the modules that ``plugins=[...]`` names; they come before all other overrides."""
+    named = [o for o in overrides if o.lstrip("+~").startswith("plugins=")]
+    if not named:
+        return []
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
-    named = [o for o in overrides if o.lstrip("+~").startswith("plugins=")]
     modules: list[str] = []
     for text in named:
         try:
@@ -259,14 +303,19 @@ def _plugins(overrides: list[str]) -> list[str]:
 
 
 def _check_fit(config: RunConfig) -> None:
-    """Checks that the model takes the task's examples."""
+    """Checks that the model takes the task's examples, and the encoder the attention."""
     task = config.build_task()
+    name = config.attention["name"]
+    patterns = capabilities(name, config.attention_options).patterns
+    forms = ", ".join(sorted(patterns))
     require(
         {
             f"model.max_len is {config.model.max_len}, but {task.name} has examples of up to "
             f"{task.max_len} tokens": config.model.max_len >= task.max_len,
             f"model.vocab_size is {config.model.vocab_size}, but {task.name} has "
             f"{task.vocab_size} token ids": config.model.vocab_size >= task.vocab_size,
+            f"the encoder attends in both directions, but attention={name} with these options "
+            f"has only these forms: {forms}": "self" in patterns,
         }
     )
 

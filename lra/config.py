@@ -133,6 +133,7 @@ class RunConfig:
         train: Optimisation.
         seed: Seed of initial weights, order of examples, dropout and random features.
         modified: What the run overrides of its protocol: key to (the protocol's value, the run's).
+        non_default: Options of the attention that are not those it has by default for the task.
     """
 
     task: dict[str, Any]
@@ -154,6 +155,7 @@ class RunConfig:
     plugins: list[str]
     checkpoint_seconds: float
     modified: dict[str, Any] = field(default_factory=dict)
+    non_default: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         require(
@@ -171,7 +173,7 @@ class RunConfig:
         return build_task(
             self.task["name"],
             options_of(self.task),
-            data_dir=Path(self.data_dir),
+            data_dir=Path(self.data_dir).expanduser(),
             cache_dir=cache_dir(self.cache_dir),
         )
 

@@ -1,15 +1,51 @@
-"""What is there: `lra ls` (names, instantly) and `lra data` (prepared data of each task)."""
+"""What is there: `lra ls` (names, capabilities, options) and `lra data` (prepared data)."""
 
+import inspect
+import re
 import shlex
+import textwrap
 from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any, get_args, get_origin, get_type_hints
 
-from lra.compose import conf_dir, load
+from lra.compose import conf_dir, import_plugins, load, named_plugins
 from lra.tasks import TASKS
+from lra.text import aligned
+from lra.typed import unknown
 from models.attention import ATTENTIONS
 
+REGISTRIES = {"task": TASKS, "attention": ATTENTIONS}
+LAYER = {"num_heads": 2, "head_dim": 32, "max_len": 2048, "model_dim": 64}
 
-def listing() -> str:
-    """Returns every task, attention and protocol with one line on each."""
+
+def listing(what: Sequence[str]) -> str:
+    """Returns what ``lra ls`` prints.
+
+    Args:
+        what: Nothing: every name with one line on it, without importing code. ``attention``: what
+            each can do. ``attention=NAME`` or ``task=NAME``: its options. ``plugins=[...]`` with
+            any of these.
+
+    Raises:
+        ValueError: If there is no such thing.
+    """
+    import_plugins(named_plugins(list(what)))
+    asked = [word for word in what if not word.startswith("plugins=")]
+    if not asked:
+        return _names()
+    parts = []
+    for word in asked:
+        group, given, name = word.partition("=")
+        if word == "attention":
+            parts.append(_capabilities())
+        elif given and group in REGISTRIES:
+            parts.append(_options(group, name))
+        else:
+            raise ValueError(unknown("listing", word, ["attention", "attention=NAME", "task=NAME"]))
+    return "\n\n".join(parts)
+
+
+def _names() -> str:
     protocols = {
         path.stem: path.read_text().split("\n")[1].lstrip("# ")
         for path in sorted((conf_dir() / "protocol").glob("*.yaml"))
@@ -25,6 +61,81 @@ def listing() -> str:
         lines.append(f"{group}=")
         lines += [f"  {name:<{width}}  {line}".rstrip() for name, line in entries.items()]
     return "\n".join(lines)
+
+
+def _capabilities() -> str:
+    """Returns a table of what every attention can do with its default options."""
+    rows = [("attention", "patterns", "masks", "growth", "extra parameters", "paper")]
+    failures = []
+    for name in ATTENTIONS.names():
+        try:
+            cls = ATTENTIONS.get(name)
+        except ValueError as error:  # of another package; the others are not to suffer
+            failures.append(f"{name}: {error}")
+            continue
+        config = cls.Config()
+        able = cls.capabilities_with(config)
+        patterns = [p for p in ("self", "causal", "cross") if p in able.patterns]
+        patterns += ["recurrent"] if able.recurrent else []
+        parameters = sum(p.numel() for p in cls(config, **LAYER).parameters())
+        masks = {"none": "refused"}.get(able.key_mask, able.key_mask)
+        row = (name, ", ".join(patterns), masks, able.growth, f"{parameters:,}", able.paper)
+        rows.append(row)
+    size = "{num_heads} heads of {head_dim}, {model_dim} dimensions, {max_len:,} positions"
+    notes = [
+        "Options may change them: lra ls attention=NAME. Growth is of time and memory beyond q, k,",
+        f"v and output; extra parameters are those of a layer with {size.format(**LAYER)}.",
+    ]
+    return "\n".join([aligned(rows), "", *notes, *failures])
+
+
+def _options(group: str, name: str) -> str:
+    """Returns a mechanism's or task's docstring and its options: default, choices, meaning."""
+    cls = REGISTRIES[group].get(name)
+    about = (inspect.getdoc(inspect.getmodule(cls)) or inspect.getdoc(cls) or "").strip()
+    hints = get_type_hints(cls.Config)
+    meanings = option_meanings(cls.Config)
+    lines = [f"{group}={name}", "", about, ""]
+    for field in fields(cls.Config):
+        shown = str(field.default).lower() if isinstance(field.default, bool) else field.default
+        lines.append(f"{group}.{field.name}={shown}    {_allowed(hints[field.name])}")
+        lines += textwrap.wrap(
+            meanings.get(field.name, ""), 96, initial_indent="    ", subsequent_indent="    "
+        )
+    if not fields(cls.Config):
+        lines.append("It has no options.")
+    return "\n".join(lines)
+
+
+def option_meanings(config: type) -> dict[str, str]:
+    """Returns the text on each attribute from the ``Attributes:`` section of a docstring."""
+    _, _, section = (inspect.getdoc(config) or "").partition("Attributes:\n")
+    meanings: dict[str, str] = {}
+    name = None
+    for line in section.splitlines():
+        if start := re.match(r"    (\w+): (.*)", line):
+            name = start[1]
+            meanings[name] = start[2].strip()
+        elif name is not None and line.startswith("        "):
+            meanings[name] += " " + line.strip()
+        else:
+            name = None
+    return meanings
+
+
+def _allowed(hint: Any) -> str:
+    choices = _choices(hint)
+    if choices:
+        return "one of " + ", ".join(choices)
+    return {bool: "true or false", int: "an integer", float: "a number"}.get(hint, str(hint))
+
+
+def _choices(hint: Any) -> list[str]:
+    """Returns the values of a Literal, or of a union of them."""
+    if get_origin(hint) is None:
+        return []
+    inner = [_choices(part) if get_origin(part) else [str(part)] for part in get_args(hint)]
+    return [choice for part in inner for choice in part]
 
 
 def data(overrides: Sequence[str]) -> int:

@@ -26,7 +26,6 @@ from lra.record import Record, Score
 from lra.tasks.base import Prepared
 from lra.train import Stopped, Trainer, autocast, build_model, evaluate, tested
 from lra.typed import from_mapping
-from models.attention import default_options
 
 LOG = logging.getLogger("lra")
 
@@ -68,10 +67,9 @@ def new_record(config: RunConfig) -> Record:
     device = measure.resolve_device(config.device)
     precision, reason = measure.resolve_precision(config.precision, device)
     task = config.build_task()
-    defaults = default_options(config.attention["name"])
-    options = config.attention_options
     settings = json.loads(_shareable(canonical_json(asdict(config))))
-    del settings["modified"]
+    for told_elsewhere in ("modified", "non_default"):
+        del settings[told_elsewhere]
     return Record(
         hash=short_hash(config.identity(precision, device.type)),
         protocol=config.protocol.name,
@@ -84,8 +82,8 @@ def new_record(config: RunConfig) -> Record:
         },
         attention={
             "name": config.attention["name"],
-            "options": options,
-            "non_default": {k: v for k, v in options.items() if v != defaults[k]},
+            "options": config.attention_options,
+            "non_default": config.non_default,
         },
         seed=config.seed,
         config=settings,

@@ -17,6 +17,7 @@ from lra.compose import conf_dir, load, load_sweep
 from lra.config import RunConfig
 from lra.record import Record
 from lra.run import new_record, run_folder
+from lra.text import aligned
 
 LOG = logging.getLogger("lra")
 
@@ -56,7 +57,7 @@ def sweep(overrides: Sequence[str]) -> int:
             signal.signal(number, handler)
         sys.argv = arguments
     rows = [_row(folder, skipped=done) for folder, done in zip(folders, finished, strict=True)]
-    print(_table(rows))
+    print(aligned([("run", "status", "test", "reason or log"), *rows]))
     return 130 if stopped else int(any(row[1] not in ("ok", "skipped") for row in rows))
 
 
@@ -127,11 +128,3 @@ def _row(folder: Path, skipped: bool) -> tuple[str, str, str, str]:
     log = folder / "log.txt"
     reason = f"{found.reason} (log: {log})" if found.status != "ok" else str(log)
     return str(folder), found.status, score, reason
-
-
-def _table(rows: Sequence[tuple[str, ...]]) -> str:
-    """Returns rows as aligned text under a heading."""
-    rows = [("run", "status", "test", "reason or log"), *rows]
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join(line.rstrip() for line in lines)

@@ -3,14 +3,14 @@
 The registry itself imports no torch: names are known from files and entry points.
 """
 
-from dataclasses import asdict
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lra.registry import Registry
 from lra.typed import from_mapping
 
 if TYPE_CHECKING:
-    from models.attention.base import Attention
+    from models.attention.base import Attention, Capabilities
 
 ATTENTIONS: "Registry[Attention]" = Registry(
     "attention",
@@ -56,6 +56,11 @@ def build_attention(
     )
 
 
-def default_options(name: str) -> dict[str, Any]:
-    """Returns a mechanism's options and their defaults."""
-    return asdict(ATTENTIONS.get(name).Config())
+def capabilities(name: str, options: Mapping[str, Any]) -> "Capabilities":
+    """Returns what a mechanism can do under given options.
+
+    Raises:
+        ValueError: For an unknown name, an unknown option or one of the wrong type.
+    """
+    cls = ATTENTIONS.get(name)
+    return cls.capabilities_with(from_mapping(cls.Config, options, "attention"))

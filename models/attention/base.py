@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 Pattern = Literal["self", "causal", "cross"]
 
+Identity = Literal["permutation", "position shift", "key shift", "query scale", "key scale"]
+
 
 @dataclass(frozen=True)
 class Capabilities:
@@ -19,27 +21,32 @@ class Capabilities:
 
     Attributes:
         paper: The paper the mechanism is from.
-        patterns: The attention patterns it defines.
+        patterns: The attention patterns it defines: self (bidirectional), causal, cross.
         growth: Growth of time and extra memory in the sequence length N.
-        key_mask: Whether masked keys are excluded exactly or approximately.
+        key_mask: Whether masked keys are excluded exactly, approximately, or masks are refused.
         dropout: Where attention dropout applies.
-        needs_max_len: It owns tensors or a horizon of size ``max_len``.
+        needs_max_len: It owns tensors or a horizon of size ``max_len``; longer input is refused.
         needs_hidden: It reads the layer's input as well as q, k and v.
         shared_query_key: Queries serve as keys, so the layer makes no key projection.
         stochastic: It draws random features, anew at each ``resample``.
         recurrent: It can be evaluated token by token with ``init_state`` and ``step``.
+        identities: What changes nothing. ``permutation``: permuted tokens give permuted outputs.
+            ``position shift``: masked tokens before a causal sequence. ``key shift``: one vector
+            added to all keys. ``query scale``: a positive factor for each query. ``key scale``:
+            one positive factor for all keys.
     """
 
     paper: str
     patterns: frozenset[Pattern] = frozenset({"self"})
     growth: Literal["N", "N log N", "N^1.5", "N^2"] = "N"
-    key_mask: Literal["exact", "approximate"] = "exact"
+    key_mask: Literal["exact", "approximate", "none"] = "exact"
     dropout: Literal["weights", "none"] = "none"
     needs_max_len: bool = False
     needs_hidden: bool = False
     shared_query_key: bool = False
     stochastic: bool = False
     recurrent: bool = False
+    identities: frozenset[Identity] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,7 @@ class Cost:
         flops: Floating point operations, a multiply-add counted as two.
         activation_bytes: Bytes of float32 intermediates beyond q, k, v and the output.
         parameters: Parameters owned by the mechanism itself.
-        state_floats: Size of the recurrent state; 0 where there is none.
+        state_floats: Size of the recurrent state of one sequence; 0 where there is none.
     """
 
     flops: int
@@ -68,7 +75,8 @@ class Attention(nn.Module, abc.ABC):
     """Base class of every mechanism.
 
     A mechanism sets ``capabilities``, declares its options as a frozen dataclass ``Config``, and
-    defines ``attend`` (the fast form) and ``weights`` (the quadratic form, its oracle).
+    defines ``attend`` (the fast form), ``weights`` (the quadratic form, its oracle) and ``cost``.
+    `lra check` tells whether it keeps what this class promises.
 
     Args:
         config: The mechanism's options.
@@ -94,11 +102,18 @@ class Attention(nn.Module, abc.ABC):
     ) -> None:
         super().__init__()
         self.config = config
+        # An instance's capabilities are those under its options.
+        self.capabilities = self.capabilities_with(config)  # type: ignore[misc]
         self.num_heads = num_heads
         self.head_dim = head_dim
         self.max_len = max_len
         self.model_dim = model_dim
         self.dropout = dropout
+
+    @classmethod
+    def capabilities_with(cls, config: Any) -> Capabilities:
+        """Returns the capabilities under options; overridden where an option changes them."""
+        return cls.capabilities
 
     def forward(
         self,
@@ -127,6 +142,13 @@ class Attention(nn.Module, abc.ABC):
             ValueError: For a pattern, mask or shape that the mechanism cannot honour.
         """
         self._check(q, k, key_mask, causal, hidden)
+        if v.shape[:-1] != k.shape[:-1]:
+            raise ValueError(
+                f"Values must be of shape {(*k.shape[:-1], 'E')}, as the keys, not "
+                f"{tuple(v.shape)}."
+            )
+        if k.shape[-2] == 0:
+            return v.new_zeros(*q.shape[:-1], v.shape[-1])
         return self.attend(q, k, v, key_mask, causal, hidden)
 
     @abc.abstractmethod
@@ -162,6 +184,14 @@ class Attention(nn.Module, abc.ABC):
     def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> Any:
         """Returns the state before the first token, for ``step``.
 
+        Args:
+            batch: Number of sequences B.
+            device: Where the state is kept.
+            dtype: That of the tokens; what is summed up is kept in float32 at least.
+
+        Returns:
+            Tuples of tensors and numbers.
+
         Raises:
             ValueError: If the mechanism has no recurrent form.
         """
@@ -170,10 +200,21 @@ class Attention(nn.Module, abc.ABC):
     def step(
         self, q: Tensor, k: Tensor, v: Tensor, state: Any, hidden: Tensor | None = None
     ) -> tuple[Tensor, Any]:
-        """Takes one token (B, H, 1, D) and returns its output and the next state.
+        """Takes one token and returns what causal attention gives at its position.
+
+        Args:
+            q: Query (B, H, 1, D).
+            k: Key (B, H, 1, D).
+            v: Value (B, H, 1, E).
+            state: As ``init_state`` or the previous step returned it; used up by this step.
+            hidden: The layer's input (B, 1, model_dim), for mechanisms that need it.
+
+        Returns:
+            The output (B, H, 1, E) and the next state.
 
         Raises:
-            ValueError: If the mechanism has no recurrent form.
+            ValueError: If the mechanism has no recurrent form, or after ``max_len`` tokens where
+                that is its limit.
         """
         raise ValueError(f"{self.name} has no recurrent form.")
 
@@ -189,15 +230,27 @@ class Attention(nn.Module, abc.ABC):
         self, q: Tensor, k: Tensor, key_mask: Tensor | None, causal: bool, hidden: Tensor | None
     ) -> None:
         patterns = self.capabilities.patterns
+        forms = ", ".join(sorted(patterns))
         n, s = q.shape[-2], k.shape[-2]
+        expected = (k.shape[0], self.num_heads, self.head_dim)
+        for name, x in (("Queries", q), ("Keys", k)):
+            if x.ndim != 4 or (*x.shape[:2], x.shape[3]) != expected:
+                raise ValueError(
+                    f"{name} must be of shape ({expected[0]}, {self.num_heads}, N, "
+                    f"{self.head_dim}), not {tuple(x.shape)}."
+                )
+        if not causal and not patterns & {"self", "cross"}:
+            raise ValueError(f"{self.name} has no bidirectional form; it has {forms}.")
         if causal and "causal" not in patterns:
-            raise ValueError(
-                f"{self.name} has no causal form; it has {', '.join(sorted(patterns))}."
-            )
+            raise ValueError(f"{self.name} has no causal form; it has {forms}.")
         if causal and n != s:
             raise ValueError(f"Causal attention needs as many queries as keys, not {n} and {s}.")
         if n != s and "cross" not in patterns:
             raise ValueError(f"{self.name} has no cross form: {n} queries, {s} keys.")
+        if self.capabilities.needs_max_len and max(n, s) > self.max_len:
+            raise ValueError(f"{self.name} takes {self.max_len} positions, not {max(n, s)}.")
+        if key_mask is not None and self.capabilities.key_mask == "none":
+            raise ValueError(f"{self.name} cannot honour a key_mask: pass whole sequences.")
         if key_mask is not None and (
             key_mask.dtype != torch.bool or key_mask.shape != (k.shape[0], s)
         ):

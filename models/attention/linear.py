@@ -1,28 +1,21 @@
 """Linear attention with an elementwise feature map, row-normalised: phi(q).phi(k).
 
 phi is elu(x) + 1 (Katharopoulos et al., ICML 2020), or one of the maps that the cosFormer paper
-compares in its Table 1: ReLU, leaky ReLU (slope 0.01) and identity. Cost O(N D E). The two maps
-that are not non-negative have row sums of either sign; their denominators keep the sign and stay
-1e-6 away from 0. Public code often masks only k or v, which leaves padding in the denominator;
-here the key features are masked.
+compares in its Table 1: ReLU, leaky ReLU (slope 0.01) and identity. Cost O(N D E), causal too, with
+a recurrent state of D (E + 1) numbers a head. The two maps that are not non-negative have row sums
+of either sign; their denominators keep the sign and stay 1e-6 away from 0. Public code often masks
+only k or v, which leaves padding in the denominator; here the key features are masked.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from models.attention import register_attention
 from models.attention.base import Capabilities
-from models.attention.engines.kernel import KernelAttention
-
-FEATURE_MAPS = {
-    "elu+1": lambda x: F.elu(x) + 1,
-    "relu": F.relu,
-    "leaky_relu": F.leaky_relu,
-    "identity": lambda x: x,
-}
+from models.attention.engines import feature_maps
+from models.attention.engines.feature_maps import FEATURE_MAPS
+from models.attention.engines.kernel_attention import Context, Features, KernelAttention
 
 
 @register_attention("linear")
@@ -37,11 +30,22 @@ class Linear(KernelAttention):
             feature: The feature map phi.
         """
 
-        feature: Literal["elu+1", "relu", "leaky_relu", "identity"] = "elu+1"
+        feature: feature_maps.Name = "elu+1"
 
     capabilities = Capabilities(
-        paper="Katharopoulos et al., ICML 2020", patterns=frozenset({"self", "cross"})
+        paper="Katharopoulos et al., ICML 2020",
+        patterns=frozenset({"self", "causal", "cross"}),
+        recurrent=True,
+        identities=frozenset({"permutation", "position shift"}),
     )
+
+    @classmethod
+    def capabilities_with(cls, config: Config) -> Capabilities:
+        """Adds that scales cancel, for the maps that are homogeneous."""
+        base = cls.capabilities
+        if not FEATURE_MAPS[config.feature].homogeneous:
+            return base
+        return replace(base, identities=base.identities | {"query scale", "key scale"})
 
     @property
     def num_features(self) -> int:
@@ -51,9 +55,9 @@ class Linear(KernelAttention):
     @property
     def signed(self) -> bool:
         """True for the maps with negative values."""
-        return self.config.feature in ("leaky_relu", "identity")
+        return FEATURE_MAPS[self.config.feature].signed
 
-    def features(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def features(self, q: Tensor, k: Tensor, context: Context) -> Features:
         """Returns phi(q) and phi(k)."""
-        phi = FEATURE_MAPS[self.config.feature]
-        return phi(q), phi(k)
+        phi = FEATURE_MAPS[self.config.feature].function
+        return Features(phi(q), phi(k))

@@ -24,7 +24,12 @@ BLOCK_BYTES = 2**22
 
 
 def softmax_dropout_attention(
-    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, dropout: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    dropout: float,
+    causal: bool = False,
 ) -> Tensor:
     """Computes softmax attention with dropout on the weights.
 
@@ -34,20 +39,18 @@ def softmax_dropout_attention(
         v: Values (B, H, S, E).
         key_mask: Bool (B, S), True for real tokens.
         dropout: Probability p that a weight is dropped.
+        causal: Query i sees keys j <= i only.
 
     Returns:
         (B, H, N, E). The draw depends on torch's default generator alone.
     """
-    bias = empty = None
+    bias = None
     if key_mask is not None:
-        # Without any key a row of -inf would be NaN: let such rows see all, then zero them.
-        empty = ~key_mask.any(-1)
         bias = torch.zeros(key_mask.shape, dtype=torch.promote_types(q.dtype, torch.float32))
-        bias.masked_fill_(~key_mask & ~empty[:, None], -torch.inf)
+        bias.masked_fill_(~key_mask, -torch.inf)
     # Scores and weights are in float32 in both directions, whatever autocast says.
     with torch.autocast("cpu", enabled=False):
-        out = _SoftmaxDropout.apply(q, k, v, bias, Draws(dropout))
-    return out if empty is None else out.masked_fill(empty[:, None, None, None], 0.0)
+        return _SoftmaxDropout.apply(q, k, v, bias, causal, Draws(dropout))
 
 
 class _Block(NamedTuple):
@@ -64,50 +67,71 @@ class _Block(NamedTuple):
 class _Blocks:
     """Walks over blocks of queries and gives each its slices, weights and kept entries."""
 
-    def __init__(self, q: Tensor, k: Tensor, bias: Tensor | None, draws: Draws) -> None:
+    def __init__(
+        self, q: Tensor, k: Tensor, bias: Tensor | None, causal: bool, draws: Draws
+    ) -> None:
         batch, heads, n, d = q.shape
         s = k.shape[-2]
         self.q = (q.to(torch.promote_types(q.dtype, torch.float32)) * d**-0.5).reshape(-1, n, d)
         self.k = k.to(self.q.dtype).reshape(-1, s, d)
-        self.bias = None
+        self.bias = self.first = None
         if bias is not None:
             self.bias = bias[:, None, None].expand(batch, heads, 1, s).reshape(-1, 1, s)
+            # The first real key of each matrix, s where there is none.
+            real = torch.where(self.bias == 0, torch.arange(s), s).amin(-1, keepdim=True)
+            self.first = real
+        self.causal = causal
         self.draws = draws
         self.rows = max(1, min(n, BLOCK_BYTES // (4 * s * MATRICES)))
 
     def __iter__(self) -> Iterator["_Block"]:
+        n, s = self.q.shape[1], self.k.shape[1]
         for first in range(0, len(self.q), MATRICES):
             group = slice(first, first + MATRICES)
-            for row in range(0, self.q.shape[1], self.rows):
+            for row in range(0, n, self.rows):
                 rows = slice(row, row + self.rows)
                 q, k = self.q[group, rows], self.k[group]
                 if self.bias is None:
                     scores = q @ k.transpose(1, 2)
                 else:
                     scores = torch.baddbmm(self.bias[group], q, k.transpose(1, 2))
-                yield _Block(group, rows, q, k, scores.softmax(-1), self.draws.keep(scores))
+                if self.causal:
+                    future = torch.ones(scores.shape[1:], dtype=torch.bool).triu(row + 1)
+                    scores.masked_fill_(future, -torch.inf)
+                weights = scores.softmax(-1)
+                if self.first is not None:
+                    # Rows that see no key are NaN.
+                    last = torch.arange(row, row + q.shape[1])[:, None] if self.causal else s - 1
+                    weights.masked_fill_(self.first[group] > last, 0.0)
+                yield _Block(group, rows, q, k, weights, self.draws.keep(scores))
 
 
 class _SoftmaxDropout(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, draws: Draws
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        causal: bool,
+        draws: Draws,
     ) -> Tensor:
-        blocks = _Blocks(q, k, bias, draws)
+        blocks = _Blocks(q, k, bias, causal, draws)
         values = v.to(blocks.q.dtype).reshape(-1, *v.shape[-2:])
         out = values.new_empty(values.shape[0], q.shape[-2], values.shape[-1])
         for b in blocks:
             out[b.group, b.rows] = b.weights.mul_(b.keep) @ values[b.group]
         out = out.mul_(draws.scale).view(*q.shape[:-1], v.shape[-1]).to(v.dtype)
         ctx.save_for_backward(q, k, v, bias, out)
-        ctx.p, ctx.seed = draws.p, draws.seed
+        ctx.causal, ctx.p, ctx.seed = causal, draws.p, draws.seed
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, bias, out = ctx.saved_tensors
         draws = Draws(ctx.p, ctx.seed)
-        blocks = _Blocks(q, k, bias, draws)
+        blocks = _Blocks(q, k, bias, ctx.causal, draws)
         dtype = blocks.q.dtype
         values = v.to(dtype).reshape(-1, *v.shape[-2:])
         # sum_j w_ij dL/dw_ij, the term that the softmax's normalisation adds.
@@ -125,4 +149,4 @@ class _SoftmaxDropout(torch.autograd.Function):
             grad_k[b.group].baddbmm_(b.q.transpose(1, 2), grad_scores)
         gradients = (grad_q.mul_(q.shape[-1] ** -0.5), grad_k.mT, grad_v.mT)
         pairs = zip(gradients, (q, k, v), strict=True)
-        return (*(g.reshape(x.shape).to(x.dtype) for g, x in pairs), None, None)
+        return (*(g.reshape(x.shape).to(x.dtype) for g, x in pairs), None, None, None)

@@ -1,0 +1,639 @@
+"""What every attention owes by its contract, measured: `lra check` and the tests run these checks.
+
+Each check compares the fast form with the quadratic one, or two calls that must agree, on all the
+patterns that the capabilities declare. Errors of outputs are relative to what a query could give:
+the sum of its absolute weights times the largest value (for weights that are a distribution, the
+largest value), times that sum once more where it exceeds 1, as denominators near 0 magnify
+rounding. A query without any weight must give exactly 0.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from lra.measure import allocated_peak
+from lra.probe import GARBAGE, Call, Subject
+from lra.text import aligned
+from models.attention.base import Attention
+
+EXACT, FLOAT32, BF16 = 1e-10, 2e-5, 3e-2
+TOLERANCES = {torch.float64: EXACT, torch.float32: FLOAT32, torch.bfloat16: BF16}
+DERIVATIVE = 1e-6
+
+LENGTHS = (1, 2, 7, 64, 65, 257)
+CROSS = ((1, 7), (7, 1), (64, 65), (65, 3), (2, 257), (257, 64))
+HEAD_DIMS = (1, 2, 8, 16, 64)
+EXPONENTS = {"N": 1.0, "N log N": 1.1, "N^1.5": 1.5, "N^2": 2.0}
+
+
+@dataclass(frozen=True)
+class Result:
+    """The outcome of one check.
+
+    Attributes:
+        check: What was checked; begins with its number in the list of checks.
+        outcome: Whether it passed, failed or does not apply.
+        error: The worst error, None where nothing was measured.
+        tolerance: The largest error that passes.
+        detail: Where the error is worst, what went wrong, or why the check does not apply.
+    """
+
+    check: str
+    outcome: Literal["pass", "fail", "n/a"]
+    error: float | None = None
+    tolerance: float | None = None
+    detail: str = ""
+
+
+def check(
+    cls: type[Attention],
+    options: Mapping[str, Any] | None = None,
+    names: Iterable[str] | None = None,
+) -> list[Result]:
+    """Runs checks on an attention.
+
+    Args:
+        cls: The attention's class; it need not be registered.
+        options: Its options.
+        names: Names of ``CHECKS``; None for all.
+
+    Raises:
+        ValueError: For an option that is unknown or of the wrong type.
+    """
+    subject = Subject(cls, options or {})
+    with torch.random.fork_rng(devices=[]):
+        return [_run(name, CHECKS[name], subject) for name in (names or CHECKS)]
+
+
+def table(results: Iterable[Result]) -> str:
+    """Returns results as aligned text under a heading."""
+    rows = [("check", "outcome", "worst error", "tolerance", "where, or why")]
+    for r in results:
+        figures = ("" if x is None else f"{x:.1e}" for x in (r.error, r.tolerance))
+        rows.append((r.check, r.outcome, *figures, r.detail))
+    return aligned(rows)
+
+
+class NotApplicable(Exception):
+    """A check asks for what the attention does not declare."""
+
+
+class Worst:
+    """Keeps the worst error and where it is.
+
+    Args:
+        tolerance: The largest error that passes.
+    """
+
+    def __init__(self, tolerance: float) -> None:
+        self.tolerance, self.error, self.where = tolerance, -1.0, ""
+
+    def note(self, error: float, where: str) -> None:
+        """Notes an error; NaN counts as infinite."""
+        error = math.inf if math.isnan(error) else error
+        if error > self.error:
+            self.error, self.where = error, where
+
+    def compare(self, actual: Tensor, expected: Tensor, unit: Tensor, where: str) -> None:
+        """Notes the largest difference in units; where the unit is 0 there may be none."""
+        if actual.shape != expected.shape:
+            self.note(math.inf, f"{where}: shape {tuple(actual.shape)}")
+            return
+        difference = (actual.detach().double() - expected.detach().double()).abs()
+        relative = torch.where(difference == 0, 0.0, difference / unit.detach())
+        self.note(float(relative.max()) if relative.numel() else 0.0, where)
+
+    def same(self, actual: Tensor, expected: Tensor, where: str) -> None:
+        """Notes an infinite error unless the two are equal to the bit."""
+        self.note(0.0 if torch.equal(actual, expected) else math.inf, where)
+
+
+def _run(name: str, function: Callable[[Subject], Worst], subject: Subject) -> Result:
+    try:
+        worst = function(subject)
+    except NotApplicable as reason:
+        return Result(name, "n/a", detail=str(reason))
+    except Exception as error:  # whatever the attention under test does
+        told = str(error).strip().partition("\n")[0]
+        return Result(name, "fail", detail=f"{type(error).__name__}: {told}")
+    outcome = "fail" if worst.error > worst.tolerance else "pass"
+    return Result(name, outcome, worst.error, worst.tolerance, worst.where)
+
+
+def _needs(condition: bool, reason: str) -> None:
+    if not condition:
+        raise NotApplicable(reason)
+
+
+def _needs_exact_masks(subject: Subject) -> None:
+    declared = {"approximate": "masks are approximate", "none": "masks are refused"}
+    _needs(subject.able.key_mask == "exact", declared.get(subject.able.key_mask, ""))
+
+
+# --- T1: the fast form is the quadratic form -----------------------------------------------------
+
+
+def output_is_weights_times_values(subject: Subject) -> Worst:
+    """In float64, for every pattern, mask, length and head dimension, in both modes."""
+    worst = Worst(EXACT)
+    for d in HEAD_DIMS:
+        attention = subject.build(d)
+        for where, call in subject.calls(attention, LENGTHS if d == 8 else (1, 7, 65), CROSS):
+            worst.compare(call.out(), call.weights() @ call.v, call.unit(), where)
+    attention = subject.build().train()
+    attention.resample(torch.Generator().manual_seed(1))
+    for where, call in subject.calls(attention, (65,), ((9, 65),)):
+        worst.compare(call.out(), call.weights() @ call.v, call.unit(), f"training, {where}")
+    return worst
+
+
+def float32_is_float64(subject: Subject) -> Worst:
+    """In float32, against float64 weights of the same instance."""
+    return _against_float64(subject, torch.float32, autocast=False)
+
+
+def bf16_is_float64(subject: Subject) -> Worst:
+    """Under bf16 autocast, for q, k, v in bf16 and in float32."""
+    return _against_float64(subject, torch.bfloat16, autocast=True)
+
+
+def _against_float64(subject: Subject, dtype: torch.dtype, autocast: bool) -> Worst:
+    worst = Worst(TOLERANCES[dtype])
+    attention, exact = subject.build(dtype=torch.float32), subject.build()
+    for where, call in subject.calls(exact, (7, 257), ((9, 65),)):
+        call = call.similar()
+        for inputs in sorted({dtype, torch.float32}, key=str):
+            rounded = call.to(inputs, attention)
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                out = rounded.out()
+            reference = rounded.to(torch.float64, exact)
+            expected = reference.weights() @ reference.v
+            worst.compare(out, expected, reference.unit(), f"{where}, {inputs}")
+            if out.dtype != inputs and not autocast:
+                worst.note(math.inf, f"{where}: the output is {out.dtype}")
+    return worst
+
+
+def long_sequences_lose_nothing(subject: Subject) -> Worst:
+    """At 2,048 positions bf16 tokens lose the rounding of the output, and nothing else.
+
+    An angle, feature or sum in bf16 shows at this length: with values that rise with the position,
+    and where only the first or the last 32 tokens are real, so that queries are far from them all.
+    """
+    worst = Worst(torch.finfo(torch.bfloat16).eps)
+    n, at = 2048, torch.arange(2048)
+    masks = torch.stack([at >= 0, at < 32, at >= n - 32])
+    attention, exact = subject.build(dtype=torch.float32), subject.build()
+    for pattern in ("self", "causal"):
+        if pattern not in subject.able.patterns:
+            continue
+        call = subject.call(exact, n, batch=len(masks), causal=pattern == "causal").similar()
+        rising = torch.linspace(0, 1, n, dtype=torch.float64)[:, None].pow(4)
+        within = torch.linspace(0.5, 1, 32, dtype=torch.float64).repeat(n // 32)[:, None]
+        v = torch.stack([rising, within, within])[:, None].expand_as(call.v)
+        mask = masks if subject.able.key_mask == "exact" else None
+        tokens = replace(call, v=v, key_mask=mask).to(torch.bfloat16, attention)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = tokens.out()
+        expected = (reference := tokens.to(torch.float64, exact)).weights() @ reference.v
+        worst.compare(out, expected, expected.abs(), f"{pattern}, N={n}")
+    _needs(worst.where != "", "no self attention")
+    return worst
+
+
+# --- T2 to T5: what must not be felt -------------------------------------------------------------
+
+
+def no_future_is_felt(subject: Subject) -> Worst:
+    """Causal outputs stay when later tokens become 30 times larger, or are masked."""
+    _needs("causal" in subject.able.patterns, "no causal form")
+    worst = Worst(EXACT)
+    attention = subject.build()
+    for n in (2, 7, 65, 257):
+        for name, mask in subject.masks(n).items():
+            call = subject.call(attention, n, mask=mask, causal=True)
+            noise = subject.call(attention, n, causal=True, seed=1)
+            out, unit = call.out(), call.unit()
+            for t in sorted({1, n // 2, n - 1}):
+                past = (torch.arange(n) < t).expand(3, -1)
+                where = f"N={n}, {name}, after token {t}"
+                later = call.with_tokens_of(noise, past, 30.0)
+                worst.compare(later.out()[:, :, :t], out[:, :, :t], unit[:, :, :t], where)
+                if subject.able.key_mask == "exact":
+                    later = replace(later, key_mask=call.real & past)
+                    worst.compare(later.out()[:, :, :t], out[:, :, :t], unit[:, :, :t], where)
+    return worst
+
+
+def masked_tokens_change_nothing(subject: Subject) -> Worst:
+    """Neither garbage in holes and padding, nor more padding, changes a real output."""
+    _needs_exact_masks(subject)
+    worst = Worst(EXACT)
+    attention = subject.build()
+    for where, call in subject.calls(attention, (1, 7, 65), ((9, 7), (3, 65))):
+        n, s = call.q.shape[2], call.k.shape[2]
+        rows = (torch.ones(3, n, dtype=torch.bool) if call.one_sided else call.real)[
+            :, None, :, None
+        ]
+        out, unit = call.out() * rows, call.unit() * rows
+        other = subject.call(attention, n, s, causal=call.causal, seed=9)
+        dirty = replace(call.with_tokens_of(other, call.real, GARBAGE), key_mask=call.real)
+        worst.compare(dirty.out() * rows, out, unit, f"{where}: garbage under the mask")
+        for extra in (1, 9, 120):
+            longer = dirty.followed_by(extra).out()[:, :, :n]
+            worst.compare(longer * rows, out, unit, f"{where}: {extra} more masked tokens")
+    return worst
+
+
+def batch_mates_change_nothing(subject: Subject) -> Worst:
+    """A sample gives the same alone and between far larger, longer samples."""
+    worst = Worst(EXACT)
+    attention = subject.build()
+    for pattern, n, s in (("self", 65, 65), ("causal", 65, 65), ("cross", 9, 65)):
+        if pattern not in subject.able.patterns:
+            continue
+        alone = subject.call(attention, n, s, batch=1, causal=pattern == "causal")
+        mates = subject.call(attention, n, s, batch=2, seed=1)
+
+        def between(own: Tensor, others: Tensor, _: int) -> Tensor:
+            first, last = (GARBAGE * others).chunk(2)
+            return torch.cat([first, own, last])
+
+        together = alone.combined(mates, between, queries=True)
+        worst.compare(together.out()[1:2], alone.out(), alone.unit(), pattern)
+        if subject.able.key_mask == "exact":
+            shorter = alone.followed_by(30)
+            longer = subject.call(attention, n if pattern == "cross" else n + 30, s + 30, batch=2)
+            together = replace(shorter, key_mask=None).combined(longer, between, queries=True)
+            lengths = torch.tensor([s + 30, s, s + 7])
+            mask = torch.arange(s + 30) < lengths[:, None]
+            out = replace(together, key_mask=mask).out()[1:2, :, :n]
+            worst.compare(out, alone.out(), alone.unit(), f"{pattern}, padded")
+    return worst
+
+
+def no_key_gives_zero(subject: Subject) -> Worst:
+    """Queries without an admissible key give exactly 0; gradients are finite all the same."""
+    worst = Worst(0.0)
+    cases: list[tuple[str, int, int, Tensor | None]] = []
+    empty = torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0], [0, 0, 1, 1]], dtype=torch.bool)
+    masked = empty if subject.able.key_mask != "none" else None
+    for pattern, n, s in (("self", 4, 4), ("causal", 4, 4), ("cross", 3, 4), ("cross", 3, 0)):
+        if pattern in subject.able.patterns:
+            cases.append((pattern, n, s, masked if s else None))
+    for dtype, reduced in (
+        (torch.float64, None),
+        (torch.float32, None),
+        (torch.float32, torch.bfloat16),
+        (torch.float32, torch.float16),
+    ):
+        attention = subject.build(dtype=dtype)
+        for pattern, n, s, mask in cases:
+            for zero in (False, True):
+                call = subject.call(
+                    attention, n, s, mask=mask, causal=pattern == "causal", dtype=dtype
+                )
+                where = f"{pattern}, S={s}, {reduced or dtype}" + (", zero tokens" if zero else "")
+                _note_empty_rows(worst, call, reduced, zero, where)
+    return worst
+
+
+def _note_empty_rows(
+    worst: Worst, call: Call, reduced: torch.dtype | None, zero: bool, where: str
+) -> None:
+    q, k, v = (torch.zeros_like(x) if zero else x for x in (call.q, call.k, call.v))
+    q.requires_grad_()
+    k = q if call.k is call.q else k.requires_grad_()
+    call = replace(call, q=q, k=k, v=v.requires_grad_())
+    with torch.autocast("cpu", reduced, enabled=reduced is not None):
+        out = call.out()
+    n, s = q.shape[2], k.shape[2]
+    sees = call.real[:, None, :].expand(-1, n, -1)
+    sees = (sees.tril() if call.causal else sees).any(-1)
+    if s == 0 or not bool(sees.all()):
+        worst.note(float(out.detach()[~sees[:, None].expand(out.shape[:3])].abs().sum()), where)
+    if s > 0:
+        out.float().square().sum().backward()
+    leaves = {"q": q, "k": k, "v": v} | dict(call.attention.named_parameters())
+    for name, leaf in leaves.items():
+        if leaf.grad is not None and not bool(leaf.grad.isfinite().all()):
+            worst.note(math.inf, f"{where}: the gradient of {name} is not finite")
+    if not bool(out.isfinite().all()):
+        worst.note(math.inf, f"{where}: the output is not finite")
+    if worst.where == "":
+        worst.note(0.0, where)
+    call.attention.zero_grad()
+
+
+# --- T6, T7: recurrence and determinism ----------------------------------------------------------
+
+
+def recurrent_is_causal(subject: Subject) -> Worst:
+    """Token by token it gives what causal attention gives at once."""
+    _needs(subject.able.recurrent, "no recurrent form")
+    worst = Worst(EXACT)
+    for d in (1, 8):
+        attention = subject.build(d)
+        for n in (1, 2, 65, 130):
+            call = subject.call(attention, n, causal=True)
+            state = attention.init_state(3, torch.device("cpu"), torch.float64)
+            outputs = []
+            for t in range(n):
+                at = slice(t, t + 1)
+                hidden = None if call.hidden is None else call.hidden[:, at]
+                token = (x[:, :, at] for x in (call.q, call.k, call.v))
+                out, state = attention.step(*token, state, hidden=hidden)
+                outputs.append(out)
+            worst.compare(torch.cat(outputs, 2), call.out(), call.unit(), f"N={n}, D={d}")
+    return worst
+
+
+def evaluation_is_deterministic(subject: Subject) -> Worst:
+    """Equal to the bit: two calls, a loaded copy, before and after training draws.
+
+    Draws change by ``resample`` alone, as its generator says; forward passes draw nothing.
+    """
+    worst = Worst(0.0)
+    attention, copy = (subject.build(dtype=torch.float32, seed=seed) for seed in (0, 1))
+    copy.load_state_dict(attention.state_dict())
+    for where, call in subject.calls(attention, (65,), ((9, 65),)):
+        call = call.to(torch.float32, attention)
+        generator = torch.get_rng_state()
+        out = call.out()
+        worst.same(call.out(), out, f"{where}: second call")
+        worst.same(replace(call, attention=copy).out(), out, f"{where}: loaded copy")
+        attention.resample(torch.Generator().manual_seed(2))
+        worst.same(call.out(), out, f"{where}: after resample")
+        attention.train()
+        trained = call.out()
+        worst.same(call.out(), trained, f"{where}: second call in training")
+        attention.resample(torch.Generator().manual_seed(3))
+        if subject.able.stochastic and torch.equal(call.out(), trained):
+            worst.note(math.inf, f"{where}: resample draws nothing")
+        attention.resample(torch.Generator().manual_seed(2))
+        worst.same(call.out(), trained, f"{where}: the same draw again")
+        attention.eval()
+        worst.same(torch.get_rng_state(), generator, f"{where}: state of torch's generator")
+    return worst
+
+
+# --- T9: identities ------------------------------------------------------------------------------
+
+
+def permuted_tokens_give_permuted_outputs(subject: Subject) -> Worst:
+    """The order of tokens is of no consequence."""
+    _needs("permutation" in subject.able.identities, "not declared")
+    worst, attention = Worst(EXACT), subject.build()
+    order = torch.randperm(33, generator=torch.Generator().manual_seed(0))
+    for name, mask in subject.masks(33).items():
+        call = subject.call(attention, 33, mask=mask)
+        permuted = replace(
+            call.with_tokens(lambda x, axis: x.index_select(axis, order)),
+            key_mask=None if mask is None else mask[:, order],
+        )
+        expected = call.out()[:, :, order]
+        worst.compare(permuted.out(), expected, call.unit()[:, :, order], name)
+    return worst
+
+
+def masked_tokens_before_change_nothing(subject: Subject) -> Worst:
+    """A causal sequence gives the same wherever it begins: only distances count."""
+    _needs("position shift" in subject.able.identities, "not declared")
+    worst, attention = Worst(EXACT), subject.build()
+    call = subject.call(attention, 65, causal=True)
+    out, unit = call.out(), call.unit()
+    for shift in (1, 70, 900, 1800):
+        later = call.preceded_by(shift).out()[:, :, shift:]
+        worst.compare(later, out, unit, f"{shift} masked tokens before")
+    return worst
+
+
+def one_vector_added_to_all_keys_changes_nothing(subject: Subject) -> Worst:
+    """Only differences of logits count."""
+    return _rescaled(subject, "key shift", lambda q, k: (q, k + torch.linspace(-3, 3, k.shape[-1])))
+
+
+def scaled_queries_change_nothing(subject: Subject) -> Worst:
+    """A positive factor for each query cancels."""
+    return _rescaled(
+        subject,
+        "query scale",
+        lambda q, k: (q * torch.linspace(0.5, 20, q.shape[2], dtype=q.dtype)[:, None], k),
+    )
+
+
+def scaled_keys_change_nothing(subject: Subject) -> Worst:
+    """One positive factor for all keys cancels."""
+    return _rescaled(subject, "key scale", lambda q, k: (q, 7.0 * k))
+
+
+def _rescaled(
+    subject: Subject, identity: str, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+) -> Worst:
+    _needs(identity in subject.able.identities, "not declared")
+    worst, attention = Worst(EXACT), subject.build()
+    for where, call in subject.calls(attention, (33,), ((5, 33),)):
+        q, k = change(call.q, call.k)
+        worst.compare(replace(call, q=q, k=k).out(), call.out(), call.unit(), where)
+    return worst
+
+
+# --- T11 to T13: gradients, memory, declared sizes -----------------------------------------------
+
+
+def gradients_are_derivatives(subject: Subject) -> Worst:
+    """Against central differences along random directions, of each input and parameter."""
+    worst = Worst(DERIVATIVE)
+    attention = subject.build(3, heads=1)
+    for where, call in subject.calls(attention, (6,), ((4, 6),)):
+        call = call.similar()
+        leaves = {"q": call.q, "k": call.k, "v": call.v}
+        if call.hidden is not None:
+            leaves["hidden"] = call.hidden
+        for leaf in leaves.values():
+            leaf.requires_grad_()
+        leaves |= dict(attention.named_parameters())
+        generator = torch.Generator().manual_seed(4)
+        out = call.out()
+        to = torch.randn(out.shape, generator=generator, dtype=out.dtype)
+        gradients = torch.autograd.grad((out * to).sum(), list(leaves.values()), allow_unused=True)
+        for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
+            gradient = torch.zeros_like(leaf) if gradient is None else gradient
+            direction = torch.randn(leaf.shape, generator=generator, dtype=leaf.dtype)
+            expected = _derivative(call, leaf.data, direction, to)
+            size = max(1.0, abs(expected), float(gradient.norm() * direction.norm()))
+            error = abs(float((gradient * direction).sum()) - expected) / size
+            worst.note(error, f"{where}: {name}")
+    return worst
+
+
+@torch.no_grad()
+def _derivative(call: Call, leaf: Tensor, direction: Tensor, to: Tensor) -> float:
+    """Returns the derivative of (out * to).sum() along a direction, by a fourth-order stencil."""
+    kept, step, total = leaf.clone(), 1e-5, 0.0
+    for times, weight in ((-2, 1), (-1, -8), (1, 8), (2, -1)):
+        leaf.copy_(kept + times * step * direction)
+        total += weight * float((call.out() * to).sum())
+    leaf.copy_(kept)
+    return total / (12 * step)
+
+
+def causal_memory_is_that_of_bidirectional(subject: Subject) -> Worst:
+    """At 4,096 positions a causal training pass takes less than 4 times the memory."""
+    able = subject.able
+    _needs({"self", "causal"} <= able.patterns, "needs a causal and a bidirectional form")
+    worst = Worst(4.0)
+    peaks = {causal: _training_peak(subject, 4096, 64, causal) for causal in (False, True)}
+    worst.note(peaks[True] / peaks[False], f"{peaks[True] / 1e6:.1f} MB at N=4,096, D=64")
+    return worst
+
+
+def memory_grows_as_declared(subject: Subject) -> Worst:
+    """The exponent of a training pass's memory from 1,024 to 4,096 positions is that declared."""
+    declared = EXPONENTS[subject.able.growth]
+    worst = Worst(declared + 0.1)
+    for pattern in ("self", "causal"):
+        if pattern in subject.able.patterns:
+            small, large = (
+                _training_peak(subject, n, 16, pattern == "causal") for n in (1024, 4096)
+            )
+            worst.note(math.log(large / small, 4), f"{pattern}, growth {subject.able.growth}")
+    _needs(worst.where != "", "no self attention")
+    return worst
+
+
+def _training_peak(subject: Subject, n: int, d: int, causal: bool) -> int:
+    """Returns the peak bytes that a forward and a backward pass of one head allocate."""
+    attention = subject.build(d, heads=1, max_len=4096, dtype=torch.float32).train()
+    mask = None
+    if subject.able.key_mask != "none":
+        mask = (torch.arange(n) < n - 5).expand(1, -1)
+    call = subject.call(attention, n, mask=mask, causal=causal, batch=1, dtype=torch.float32)
+    call = replace(call, v=call.v[..., :d])  # E = D, as in a model
+    for leaf in (call.q, call.k, call.v):
+        leaf.requires_grad_()
+    return allocated_peak(lambda: call.out().sum().backward())
+
+
+def sizes_are_declared(subject: Subject) -> Worst:
+    """``cost`` tells the parameters, and the size of the state of one sequence."""
+    worst = Worst(0.0)
+    attention = subject.build(8, max_len=64, dtype=torch.float32)
+    declared = attention.cost(16, 16)
+    parameters = sum(p.numel() for p in attention.parameters())
+    worst.note(abs(declared.parameters - parameters), f"{parameters} parameters")
+    if not subject.able.recurrent:
+        worst.note(declared.state_floats, "a state without a recurrent form")
+        return worst
+    state = attention.init_state(1, torch.device("cpu"), torch.float32)
+    call = subject.call(attention, 1, causal=True, batch=1, dtype=torch.float32)
+    v = call.v[..., : attention.head_dim]
+    for _ in range(3):
+        _, state = attention.step(call.q, call.k, v, state, hidden=call.hidden)
+    tensors = (x for x in tree_leaves(state) if isinstance(x, Tensor) and x.is_floating_point())
+    floats = sum(x.numel() for x in tensors)
+    worst.note(abs(declared.state_floats - floats), f"{floats} numbers of state")
+    return worst
+
+
+# --- T14: refusals -------------------------------------------------------------------------------
+
+
+def what_is_not_defined_is_refused(subject: Subject) -> Worst:
+    """Unsupported patterns, masks, lengths, shapes and options raise ValueError."""
+    able, attention = subject.able, subject.build(max_len=16)
+    causal = "self" not in able.patterns
+    sound = subject.call(attention, 5, causal=causal)
+    ones = torch.ones(3, 5, dtype=torch.bool)
+    refused: dict[str, Callable[[], object]] = {}
+
+    def both(name: str, call: Call) -> None:
+        refused[name] = call.out
+        refused[f"{name} (weights)"] = call.weights
+
+    for kind in (torch.float32, torch.uint8, torch.int64):
+        both(f"a mask of {kind}", replace(sound, key_mask=ones.to(kind)))
+    for shape in ((5,), (1, 5), (3, 4), (3, 1, 1, 5)):
+        mask = torch.ones(shape, dtype=torch.bool)
+        both(f"a mask of shape {shape}", replace(sound, key_mask=mask))
+    if able.key_mask == "none":
+        both("a mask", replace(sound, key_mask=ones))
+    if not able.shared_query_key:
+        both("causal with N != S", replace(subject.call(attention, 5, 6), causal=True))
+        if "cross" not in able.patterns:
+            both("cross attention", subject.call(attention, 5, 6))
+    if "causal" not in able.patterns:
+        both("causal", replace(sound, causal=True))
+    if causal:
+        both("bidirectional", replace(sound, causal=False))
+    if able.needs_hidden:
+        both("a missing layer input", replace(sound, hidden=None))
+    if able.needs_max_len:
+        both("more than max_len tokens", subject.call(attention, 17, causal=causal))
+    refused["values of another length"] = replace(sound, v=sound.v[:, :, :4]).out
+    both("another number of heads", replace(sound, q=sound.q[:, :1], k=sound.k[:, :1]))
+    refused["an unknown option"] = lambda: Subject(subject.cls, subject.options | {"nonsense": 1})
+    refused |= _refused_steps(subject, attention)
+
+    worst = Worst(0.0)
+    accepted = [name for name, action in refused.items() if not _refuses(action)]
+    told = f"no ValueError for {', '.join(accepted)}" if accepted else f"{len(refused)} refusals"
+    worst.note(float(len(accepted)), told)
+    return worst
+
+
+def _refused_steps(subject: Subject, attention: Attention) -> dict[str, Callable[[], object]]:
+    """Returns steps that must be refused: without a recurrent form, or after ``max_len``."""
+    cpu = torch.device("cpu")
+    if not subject.able.recurrent:
+        return {"a state": lambda: attention.init_state(1, cpu, torch.float64)}
+    if not subject.able.needs_max_len:
+        return {}
+
+    def too_many() -> None:
+        call = subject.call(attention, 1, causal=True)
+        state = attention.init_state(3, cpu, torch.float64)
+        for _ in range(17):
+            _, state = attention.step(call.q, call.k, call.v, state, hidden=call.hidden)
+
+    return {"more than max_len steps": too_many}
+
+
+def _refuses(action: Callable[[], object]) -> bool:
+    try:
+        action()
+    except ValueError:
+        return True
+    except Exception:  # it fails, but by accident
+        return False
+    return False
+
+
+CHECKS: dict[str, Callable[[Subject], Worst]] = {
+    "T1 output is weights @ values": output_is_weights_times_values,
+    "T1 float32 is float64": float32_is_float64,
+    "T1 bf16 is float64": bf16_is_float64,
+    "T1 long bf16 sequences": long_sequences_lose_nothing,
+    "T2 no future is felt": no_future_is_felt,
+    "T3 masked tokens change nothing": masked_tokens_change_nothing,
+    "T4 batch mates change nothing": batch_mates_change_nothing,
+    "T5 no key gives zero": no_key_gives_zero,
+    "T6 recurrent is causal": recurrent_is_causal,
+    "T7 evaluation is deterministic": evaluation_is_deterministic,
+    "T9 permutation": permuted_tokens_give_permuted_outputs,
+    "T9 position shift": masked_tokens_before_change_nothing,
+    "T9 key shift": one_vector_added_to_all_keys_changes_nothing,
+    "T9 query scale": scaled_queries_change_nothing,
+    "T9 key scale": scaled_keys_change_nothing,
+    "T11 gradients": gradients_are_derivatives,
+    "T12 causal memory": causal_memory_is_that_of_bidirectional,
+    "T12 memory growth": memory_grows_as_declared,
+    "T13 declared sizes": sizes_are_declared,
+    "T14 refusals": what_is_not_defined_is_refused,
+}
+"""The checks by name. Missing numbers are a mechanism's own: degenerate cases, statistics."""

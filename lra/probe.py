@@ -1,0 +1,213 @@
+"""An attention under test in any size, and calls of it on inputs made for checks."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lra.typed import from_mapping
+from models.attention.base import Attention, Capabilities
+
+GARBAGE = 1e4
+"""How much larger than real tokens those are that nobody may feel."""
+
+
+class Subject:
+    """Builds the attention under test in any size."""
+
+    def __init__(self, cls: type[Attention], options: Mapping[str, Any]) -> None:
+        self.cls, self.options = cls, dict(options)
+        self.config = from_mapping(cls.Config, self.options, "attention")
+
+    @property
+    def able(self) -> Capabilities:
+        """The capabilities under the options."""
+        return self.cls.capabilities_with(self.config)
+
+    def build(
+        self,
+        head_dim: int = 8,
+        *,
+        heads: int = 2,
+        max_len: int = 2048,
+        dtype: torch.dtype = torch.float64,
+        seed: int = 0,
+    ) -> Attention:
+        """Returns an instance in evaluation, with parameters away from their initial values."""
+        torch.manual_seed(seed)
+        attention = self.cls(
+            self.config, num_heads=heads, head_dim=head_dim, max_len=max_len, model_dim=12
+        )
+        for parameter in attention.parameters():
+            parameter.data += 0.1 * torch.randn(parameter.shape)
+        return attention.to(dtype).eval()
+
+    def call(
+        self,
+        attention: Attention,
+        n: int,
+        s: int | None = None,
+        *,
+        mask: Tensor | None = None,
+        causal: bool = False,
+        batch: int = 3,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float64,
+    ) -> "Call":
+        """Returns a call of the attention on normal inputs with E != D."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int) -> Tensor:
+            # Heads beside positions in memory, as projections of a layer lie.
+            x = torch.randn(batch, *shape, generator=generator, dtype=torch.float64).to(dtype)
+            return x.transpose(1, 2) if x.ndim == 4 else x
+
+        s = n if s is None else s
+        heads, d = attention.num_heads, attention.head_dim
+        q, k, v = normal(n, heads, d), normal(s, heads, d), normal(s, heads, d + 3)
+        if self.able.shared_query_key:
+            k = q
+        hidden = normal(n, attention.model_dim) if self.able.needs_hidden else None
+        return Call(attention, q, k, v, mask, causal, hidden)
+
+    def calls(
+        self, attention: Attention, lengths: Iterable[int], cross: Iterable[tuple[int, int]] = ()
+    ) -> Iterator[tuple[str, "Call"]]:
+        """Yields calls in every pattern, length and mask, and what each is."""
+        patterns = [p for p in ("self", "causal") if p in self.able.patterns]
+        sizes = [(pattern, n, n) for pattern in patterns for n in lengths]
+        if "cross" in self.able.patterns:
+            sizes += [("cross", n, s) for n, s in cross]
+        for pattern, n, s in sizes:
+            for name, mask in self.masks(s).items():
+                where = f"{pattern}, N={n}" + (f", S={s}" if s != n else "")
+                where += f", D={attention.head_dim}, {name}"
+                yield where, self.call(attention, n, s, mask=mask, causal=pattern == "causal")
+
+    def masks(self, s: int) -> dict[str, Tensor | None]:
+        """Returns key masks (3, s) by kind; each sample has a real token."""
+        if self.able.key_mask == "none":
+            return {"no mask": None}
+        at = torch.arange(s)
+        suffix = at < torch.tensor([s, (s + 1) // 2, 1])[:, None]
+        holes = torch.stack([at % 3 != 1, (at == 0) | (at == s - 1), at >= 0])
+        start = at >= torch.tensor([0, s // 2, s - 1])[:, None]
+        return {
+            "no mask": None,
+            "padding": suffix,
+            "interior holes": holes,
+            "holes at the start": start,
+            "holes and padding": holes & suffix,
+        }
+
+
+@dataclass(frozen=True)
+class Call:
+    """Arguments of an attention; ``out`` and ``weights`` are its two forms on them."""
+
+    attention: Attention
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    key_mask: Tensor | None = None
+    causal: bool = False
+    hidden: Tensor | None = None
+
+    @property
+    def real(self) -> Tensor:
+        """The key mask, True everywhere if there is none."""
+        if self.key_mask is not None:
+            return self.key_mask
+        return torch.ones(self.k.shape[0], self.k.shape[2], dtype=torch.bool)
+
+    @property
+    def one_sided(self) -> bool:
+        """Whether queries are tokens of their own, as in cross attention."""
+        return self.q.shape[2] != self.k.shape[2]
+
+    def out(self) -> Tensor:
+        """Returns the fast form's output."""
+        return self.attention(self.q, self.k, self.v, self.key_mask, self.causal, self.hidden)
+
+    def weights(self) -> Tensor:
+        """Returns the quadratic form's matrix."""
+        return self.attention.weights(self.q, self.k, self.key_mask, self.causal, self.hidden)
+
+    def unit(self) -> Tensor:
+        """Returns what errors are relative to, for each query (B, H, N, 1)."""
+        total = self.weights().detach().abs().sum(-1, keepdim=True).double()
+        largest = self.v.detach().double().abs().amax((-2, -1), keepdim=True)
+        return total * total.clamp_min(1.0) * largest
+
+    def similar(self) -> "Call":
+        """Returns the call with queries and keys that have much in common.
+
+        Then random features estimate similarities well above their noise. Signed sums near 0
+        magnify rounding without bound, and have no usable differences.
+        """
+        q = 0.4 + 0.3 * self.q
+        return replace(self, q=q, k=q if self.k is self.q else 0.4 + 0.3 * self.k)
+
+    def combined(
+        self,
+        other: "Call",
+        pick: Callable[[Tensor, Tensor, int], Tensor],
+        *,
+        queries: bool,
+    ) -> "Call":
+        """Returns a call with ``pick`` (own tensor, the other's, axis of positions) of each.
+
+        Args:
+            other: The call to combine with.
+            pick: Makes a tensor of the two.
+            queries: Also of the queries and the layer's input, not of keys and values alone.
+        """
+        k, v = pick(self.k, other.k, 2), pick(self.v, other.v, 2)
+        if not queries:
+            return replace(self, k=k, v=v)
+        q = k if self.q is self.k else pick(self.q, other.q, 2)
+        hidden = self.hidden
+        if hidden is not None and other.hidden is not None:
+            hidden = pick(hidden, other.hidden, 1)
+        return replace(self, q=q, k=k, v=v, hidden=hidden)
+
+    def with_tokens(self, change: Callable[[Tensor, int], Tensor]) -> "Call":
+        """Applies ``change`` (tensor, axis of positions) to all that a token of the keys has."""
+        queries = not self.one_sided
+        return self.combined(self, lambda own, _, axis: change(own, axis), queries=queries)
+
+    def with_tokens_of(self, other: "Call", kept: Tensor, factor: float) -> "Call":
+        """Takes tokens that are not ``kept`` (B, S) from another, ``factor`` times as large."""
+
+        def pick(own: Tensor, others: Tensor, axis: int) -> Tensor:
+            keep = kept[:, None, :, None] if axis == 2 else kept[:, :, None]
+            return torch.where(keep, own, factor * others)
+
+        return self.combined(other, pick, queries=not self.one_sided)
+
+    def followed_by(self, extra: int) -> "Call":
+        """Appends ``extra`` tokens of garbage, under the mask."""
+        more = torch.zeros(len(self.k), extra, dtype=torch.bool)
+        longer = self.with_tokens(lambda x, axis: torch.cat([x, _garbage(x, axis, extra)], axis))
+        return replace(longer, key_mask=torch.cat([self.real, more], 1))
+
+    def preceded_by(self, extra: int) -> "Call":
+        """Puts ``extra`` tokens of garbage before, under the mask."""
+        more = torch.zeros(len(self.k), extra, dtype=torch.bool)
+        longer = self.with_tokens(lambda x, axis: torch.cat([_garbage(x, axis, extra), x], axis))
+        return replace(longer, key_mask=torch.cat([more, self.real], 1))
+
+    def to(self, dtype: torch.dtype, attention: Attention) -> "Call":
+        """Returns the call in another precision, of another instance."""
+        q, v = self.q.to(dtype), self.v.to(dtype)
+        k = q if self.k is self.q else self.k.to(dtype)
+        hidden = None if self.hidden is None else self.hidden.to(dtype)
+        return replace(self, attention=attention, q=q, k=k, v=v, hidden=hidden)
+
+
+def _garbage(like: Tensor, axis: int, extra: int) -> Tensor:
+    shape = list(like.shape)
+    shape[axis] = extra
+    return GARBAGE * torch.randn(shape, dtype=like.dtype)
