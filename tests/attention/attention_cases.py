@@ -1,31 +1,46 @@
 """What the attention tests share: every mechanism with every choice it has, inputs and masks."""
 
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 
+from models import attention as registered
 from models import build_attention
-from models.attention import ATTENTIONS, default_options
+from models.attention import ATTENTIONS
 
 
 def _variants():
     """Every registered mechanism with its defaults, and with each other value of its choices."""
     for name in ATTENTIONS.names():
         yield name, {}
-        for field, hint in get_type_hints(ATTENTIONS.get(name).Config).items():
-            if get_origin(hint) is Literal:
-                for value in get_args(hint):
-                    if value != default_options(name)[field]:
-                        yield name, {field: value}
+        config = ATTENTIONS.get(name).Config
+        for field, hint in get_type_hints(config).items():
+            for value in _choices(hint):
+                if value != getattr(config(), field):
+                    yield name, {field: value}
 
 
-MECHANISMS = {"-".join([name, *options.values()]): (name, options) for name, options in _variants()}
+def _choices(hint):
+    if hint is bool:
+        return [False, True]
+    return [choice for part in get_args(hint) for choice in (_choices(part) or [part])]
+
+
+def _label(name, options):
+    parts = (
+        key if value is True else f"no-{key}" if value is False else value
+        for key, value in options.items()
+    )
+    return "-".join([name, *parts])
+
+
+MECHANISMS = {_label(name, options): (name, options) for name, options in _variants()}
 for_every_mechanism = pytest.mark.parametrize("mechanism", MECHANISMS)
 
 
 def capabilities(mechanism):
-    return ATTENTIONS.get(MECHANISMS[mechanism][0]).capabilities
+    return registered.capabilities(*MECHANISMS[mechanism])
 
 
 def for_those_with(pattern):
