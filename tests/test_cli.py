@@ -1,7 +1,9 @@
 """The command line as a user meets it: fast help, one-line errors, no tracebacks."""
 
+import dataclasses
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -12,7 +14,10 @@ from typing import NamedTuple
 import pytest
 
 from lra.cli import main
+from lra.conformance import CHECKS
 from lra.record import Record
+from lra.tasks import TASKS
+from models.attention import ATTENTIONS
 
 ROOT = Path(__file__).parents[1]
 
@@ -156,6 +161,53 @@ def test_ls_lists_every_task_attention_and_protocol_with_a_line_on_each(lra):
     assert [line for line in lines if line.startswith("  ") and len(line.split()) < 3] == []
 
 
+def test_ls_attention_shows_what_each_can_do(called):
+    heading, *lines = called("ls", "attention").stdout.splitlines()
+    columns = ["attention", "patterns", "masks", "growth", "extra parameters", "paper"]
+    assert re.split(r"  +", heading) == columns
+    rows = {line.split()[0]: re.split(r"  +", line) for line in lines[: lines.index("")]}
+    assert list(rows) == ATTENTIONS.names()
+    everything = "self, causal, cross, recurrent"
+    assert rows["softmax"][1:] == [everything, "exact", "N^2", "0", "Vaswani et al., NeurIPS 2017"]
+    # One number for each dimension: 2 heads of 32.
+    assert rows["rfa"][1:] == [everything, "exact", "N", "64", "Peng et al., ICLR 2021"]
+
+
+@pytest.mark.parametrize("group", ["attention", "task"])
+def test_ls_of_a_name_shows_each_option_with_default_and_meaning(called, group):
+    registry = {"attention": ATTENTIONS, "task": TASKS}[group]
+    for name in registry.names():
+        text = called("ls", f"{group}={name}").stdout
+        for field in dataclasses.fields(registry.get(name).Config):
+            default = str(field.default).lower() if field.type is bool else field.default
+            pattern = rf"^{group}\.{field.name}={re.escape(str(default))}    \S.*\n    \S.{{10}}"
+            assert re.search(pattern, text, re.MULTILINE), (name, field.name)
+
+
+def test_ls_of_rfa_tells_the_choices_of_its_kernel(called):
+    text = called("ls", "attention=rfa").stdout
+    assert "attention.kernel=gaussian    one of gaussian, arccos\n" in text
+    assert "attention.gate=false    true or false\n" in text
+    assert "Peng et al., ICLR 2021" in text
+
+
+def test_ls_of_an_attention_without_options_says_so(called):
+    assert "It has no options." in called("ls", "attention=softmax").stdout
+
+
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [
+        ("attentoin", "Unknown listing 'attentoin'. Did you mean attention"),
+        ("attention=cosfromer", "Unknown attention 'cosfromer'. Did you mean cosformer?"),
+        ("protocol=quick", "Unknown listing 'protocol=quick'"),
+        ("plugins=[not_there_at_all]", "not_there_at_all"),
+    ],
+)
+def test_ls_of_what_is_not_there_says_what_is(called, what, told):
+    assert told in mistake(called("ls", what))
+
+
 @pytest.mark.parametrize("arguments", [["ls"], ["--help"], ["train", "--help"]])
 def test_a_reader_that_has_gone_is_no_error(env, arguments):
     reader, writer = os.pipe()
@@ -222,7 +274,7 @@ def test_a_device_that_is_not_there_is_told_and_leaves_nothing(called):
     assert list(called.cwd.iterdir()) == []
 
 
-@pytest.mark.parametrize("arguments", [[], ["trian"], ["trian", "task=listops"], ["ls", "extra"]])
+@pytest.mark.parametrize("arguments", [[], ["trian"], ["trian", "task=listops"], ["check"]])
 def test_an_unknown_command_or_argument_is_told_with_what_there_is(lra, arguments):
     text = mistake(lra(*arguments))
     assert text.startswith("usage: lra")
@@ -258,6 +310,31 @@ def test_a_results_folder_that_cannot_be_made_is_told_without_a_traceback(called
     done = called("report", "--out", "file/results")
     assert done.returncode in (1, 2)
     assert "file/results" in done.stderr
+
+
+# Check
+
+
+def test_check_prints_every_check_with_its_error_and_tolerance_and_succeeds(called):
+    done = called("check", "attention=linear", "attention.feature=relu")
+    assert (done.returncode, done.stderr) == (0, "")
+    title, _, *rows = done.stdout.splitlines()
+    assert title == "attention=linear attention.feature=relu"
+    assert [row for name in CHECKS for row in rows if row.startswith(f"{name} ")] == rows[:-2]
+    assert rows[-2:] == [f"{len(CHECKS)} checks, 0 failed", ""]
+
+
+def test_check_of_an_attention_that_breaks_the_contract_fails_and_shows_where(called):
+    done = called("check", "attention=cosformer", "attention.horizon=padded")
+    assert done.returncode == 1
+    failed = [line for line in done.stdout.splitlines() if "  fail  " in line]
+    assert [line.split()[0] for line in failed] == ["T3", "T4"]
+    assert "more masked tokens" in failed[0]
+
+
+def test_a_mistake_in_a_check_is_told(called):
+    assert "Did you mean rfa?" in mistake(called("check", "attention=raf"))
+    assert "Name an attention" in mistake(called("check", "plugins=[]"))
 
 
 # Data

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from lra.compose import conf_dir, load, load_sweep
+from lra.compose import conf_dir, load, load_attentions, load_sweep
 from lra.config import ModelConfig, TrainConfig
 from lra.tasks import TASKS
 from lra.tasks.listops import ListOps
-from models.attention import ATTENTIONS, default_options
+from models.attention import ATTENTIONS
 
 ROOT = Path(__file__).parents[1]
 
@@ -60,8 +60,7 @@ def test_every_protocol_composes_with_its_tasks_and_every_attention(protocol, ta
     for config in configs:
         assert config.protocol.name == protocol
         assert config.task["name"] == task
-        assert config.attention_options == default_options(config.attention["name"])
-        assert config.modified == {}
+        assert config.modified == config.non_default == {}
         assert config.build_task().max_len <= config.model.max_len
 
 
@@ -105,6 +104,39 @@ def test_nystroms_listops_is_that_of_the_published_code():
     task = config.build_task().config
     assert (task.num_train, task.num_val, task.num_test) == (96_000, 2_000, 2_000)
     assert (task.min_length, task.max_length, task.max_depth, task.max_args) == (500, 2000, 10, 10)
+
+
+def test_options_of_an_attention_are_its_defaults_unless_its_paper_sets_others_for_the_task():
+    for name in ATTENTIONS.names():
+        options = dataclasses.asdict(ATTENTIONS.get(name).Config())
+        asked = load([f"attention={name}"]).attention_options
+        changed = {key: value for key, value in asked.items() if value != options[key]}
+        assert changed == ({"projections": 128} if name == "rfa" else {})
+
+
+def test_rfa_has_128_random_features_on_listops_unless_told_otherwise():
+    config = load(["task=listops", "attention=rfa", "protocol=quick"])
+    assert config.attention["projections"] == 128
+    assert config.non_default == {}
+    config = load(["task=listops", "attention=rfa", "attention.projections=64"])
+    assert config.attention["projections"] == 64
+    assert config.non_default == {"projections": 64}
+
+
+def test_every_file_of_options_for_a_task_names_a_task_and_an_attention():
+    files = list((conf_dir() / "task").rglob("*.yaml"))
+    assert files
+    for path in files:
+        assert path.parent.name in TASKS.names()
+        assert path.stem in ATTENTIONS.names()
+
+
+def test_the_encoder_refuses_an_attention_that_is_causal_alone_before_anything_starts():
+    told = message("attention=rfa", "attention.gate=true")
+    assert told == (
+        "the encoder attends in both directions, but attention=rfa with these options has only "
+        "these forms: causal."
+    )
 
 
 def test_overrides_of_every_section_arrive():
@@ -164,6 +196,16 @@ def test_modified_lists_the_overridden_keys_of_the_protocol_and_nothing_else():
         "task.num_train": [96_000, 50],
         "model.layers": [2, 3],
     }
+
+
+def test_where_the_same_data_comes_from_is_no_departure_from_the_protocol():
+    config = load(["task.source=official"])
+    assert config.build_task().config.source == "official"
+    assert config.modified == {}
+
+
+def test_data_dir_may_begin_with_the_home_folder():
+    assert load(["data_dir='~/data'"]).build_task().data_dir == Path.home() / "data"
 
 
 def test_modified_compares_with_the_protocol_that_is_run():
@@ -418,7 +460,10 @@ def test_no_setting_of_model_and_training_is_forgotten_in_the_test_above():
     assert OTHER_TRAIN.keys() == {field.name for field in dataclasses.fields(TrainConfig)}
 
 
-@pytest.mark.parametrize("option", [field.name for field in dataclasses.fields(ListOps.Config)])
+@pytest.mark.parametrize(
+    "option",
+    [field.name for field in dataclasses.fields(ListOps.Config) if field.name != "source"],
+)
 def test_every_option_of_the_task_is_part_of_the_identity(option):
     options = smoke().task
     changed = dataclasses.replace(smoke(), task=options | {option: options[option] + 1})
@@ -473,7 +518,8 @@ def test_no_setting_outside_task_attention_protocol_model_and_train_is_part_of_t
         ]
     )
     assert identity(config) == identity(smoke())
-    unchanged = {"task", "attention", "protocol", "model", "train", "plugins", "modified"}
+    unchanged = {"task", "attention", "protocol", "model", "train", "plugins"}
+    unchanged |= {"modified", "non_default"}
     for field in dataclasses.fields(config):
         if field.name not in unchanged:
             assert getattr(config, field.name) != getattr(smoke(), field.name), field.name
@@ -496,6 +542,37 @@ def test_folders_of_two_seeds_share_the_hash():
     second = dataclasses.replace(smoke(), seed=2).folder("fp32", "cpu")
     assert first != second
     assert first.name.removeprefix("s1-") == second.name.removeprefix("s2-")
+
+
+# Attentions alone, as `lra check` reads them
+
+
+def test_an_attention_alone_has_the_options_that_are_given_and_no_others():
+    assert load_attentions(["attention=rfa"]) == [("rfa", {})]
+    assert load_attentions(["attention=rfa", "attention.gate=true", "attention.tau=2"]) == [
+        ("rfa", {"gate": True, "tau": 2})
+    ]
+
+
+def test_several_attentions_are_every_combination():
+    assert load_attentions(["attention=linear", "attention.feature=relu,elu+1"]) == [
+        ("linear", {"feature": "relu"}),
+        ("linear", {"feature": "elu+1"}),
+    ]
+    names = [name for name, _ in load_attentions(["attention=glob(*)"])]
+    assert names == ATTENTIONS.names()
+
+
+def test_mistakes_in_an_attention_alone_are_told_at_once():
+    told = message("attention=cosfromer", "seed=1", "~task", of=load_attentions).splitlines()
+    assert len(told) == 3
+    assert "'~task': write KEY=VALUE." in told
+    assert any(line.startswith("Unknown key 'seed'. Allowed: attention,") for line in told)
+    assert any("Did you mean cosformer?" in line for line in told)
+    assert "Did you mean attention.tau?" in message(
+        "attention=rfa", "attention.tu=1", of=load_attentions
+    )
+    assert message("plugins=[]", of=load_attentions).startswith("Name an attention: attention=")
 
 
 # Plugins: in processes of their own, so that this one's registry stays as it is

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from lra.measure import Clock, resolve_device, resolve_precision
+from lra.measure import Clock, allocated_peak, resolve_device, resolve_precision
 
 CPU = torch.device("cpu")
 
@@ -46,6 +46,37 @@ print(memory.read())
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert int(done.stdout) == pytest.approx(100e6, rel=0.05), done.stderr
+
+
+def test_the_allocated_peak_counts_what_lives_at_the_same_time_once():
+    megabyte = 250_000  # numbers in float32
+
+    def two_at_a_time():
+        held = torch.ones(megabyte)
+        for _ in range(3):
+            held = held + 1
+        view = held.view(500, 500).T
+        view += 1
+
+    assert allocated_peak(two_at_a_time) == 2_000_000
+
+
+def test_the_allocated_peak_counts_what_the_backward_pass_needs():
+    x = torch.ones(250_000, requires_grad=True)
+
+    def chain():
+        y = x
+        for _ in range(4):
+            y = y.sin()  # keeps its input: three of these, besides x
+        y.sum().backward()
+
+    # Three kept inputs, the output, and the gradient on its way.
+    assert 4_000_000 <= allocated_peak(chain) <= 6_100_000
+
+
+def test_the_allocated_peak_leaves_out_what_was_there_before():
+    x = torch.ones(1_000_000)
+    assert allocated_peak(lambda: x.sum()) < 100
 
 
 @pytest.mark.parametrize("name", ["tpu", "cuda:99", "meta"])
