@@ -134,6 +134,7 @@ def main():
 
     dry = "model.attention_dropout=0"
     relu = ("attention=linear", "attention.feature=relu")
+    rfa = ("attention=rfa", "attention.projections=64")
     full = filled()
     compare(
         f"all {LENGTH} positions filled",
@@ -144,6 +145,7 @@ def main():
             "softmax (attention dropout 0.1)": harness_step(full),
             "cosformer": harness_step(full, "attention=cosformer"),
             "linear (relu)": harness_step(full, *relu),
+            "rfa (D = 64)": harness_step(full, *rfa),
         },
         given.rounds,
         given.profile,
@@ -159,6 +161,7 @@ def main():
             "cosformer": harness_step(None, "attention=cosformer"),
             "cosformer, whole": harness_step(None, "attention=cosformer", whole),
             "linear (relu)": harness_step(None, *relu),
+            "rfa (D = 64)": harness_step(None, *rfa),
         },
         given.rounds,
         given.profile,
