@@ -91,6 +91,8 @@ def _capabilities() -> str:
 
 def _options(group: str, name: str) -> str:
     """Returns a mechanism's or task's docstring and its options: default, choices, meaning."""
+    from omegaconf import OmegaConf
+
     cls = REGISTRIES[group].get(name)
     about = (inspect.getdoc(inspect.getmodule(cls)) or inspect.getdoc(cls) or "").strip()
     hints = get_type_hints(cls.Config)
@@ -104,6 +106,12 @@ def _options(group: str, name: str) -> str:
         )
     if not fields(cls.Config):
         lines.append("It has no options.")
+    for task in TASKS.names() if group == "attention" else ():
+        path = conf_dir() / "task" / task / f"{name}.yaml"
+        if path.exists():
+            lines += ["", f"With task={task} the defaults are:"]
+            values = OmegaConf.load(path).attention.items()
+            lines += [f"    attention.{key}={value}" for key, value in values]
     return "\n".join(lines)
 
 

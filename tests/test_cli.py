@@ -189,6 +189,7 @@ def test_ls_of_rfa_tells_the_choices_of_its_kernel(called):
     assert "attention.kernel=gaussian    one of gaussian, arccos\n" in text
     assert "attention.gate=false    true or false\n" in text
     assert "Peng et al., ICLR 2021" in text
+    assert "With task=listops the defaults are:\n    attention.projections=128\n" in text
 
 
 def test_ls_of_an_attention_without_options_says_so(called):

@@ -10,11 +10,13 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from lra.compose import conf_dir, load, load_attentions, load_sweep
 from lra.config import ModelConfig, TrainConfig
 from lra.tasks import TASKS
 from lra.tasks.listops import ListOps
+from lra.typed import from_mapping
 from models.attention import ATTENTIONS
 
 ROOT = Path(__file__).parents[1]
@@ -123,12 +125,16 @@ def test_rfa_has_128_random_features_on_listops_unless_told_otherwise():
     assert config.non_default == {"projections": 64}
 
 
-def test_every_file_of_options_for_a_task_names_a_task_and_an_attention():
+def test_every_file_of_options_for_a_task_has_options_of_its_attention():
     files = list((conf_dir() / "task").rglob("*.yaml"))
-    assert files
+    assert {path.relative_to(conf_dir() / "task").as_posix() for path in files} >= {
+        "listops/rfa.yaml",
+        "retrieval/rfa.yaml",
+    }
     for path in files:
-        assert path.parent.name in TASKS.names()
-        assert path.stem in ATTENTIONS.names()
+        values = OmegaConf.to_container(OmegaConf.load(path))
+        assert set(values) == {"attention"}
+        from_mapping(ATTENTIONS.get(path.stem).Config, values["attention"], "attention")
 
 
 def test_the_encoder_refuses_an_attention_that_is_causal_alone_before_anything_starts():

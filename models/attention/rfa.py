@@ -1,6 +1,6 @@
 """Random Feature Attention: softmax by random features (Peng et al., ICLR 2021).
 
-    phi(x) = D^-1/2 [sin(w_1.x) .. sin(w_D.x), cos(w_1.x) .. cos(w_D.x)]    (gaussian, eq. 3)
+    phi(x) = D^-1/2 [sin(w_1.x) .. sin(w_D.x), cos(w_1.x) .. cos(w_D.x)]    (gaussian)
     phi(x) = D^-1/2 relu(w_1.x) .. relu(w_D.x)                              (arccos, order 1)
 
 with w = sigma o w~ / tau, w~ ~ N(0, I) and sigma a learned vector of each head. For sigma = 1,
@@ -125,7 +125,7 @@ class RandomFeatureAttention(KernelAttention):
         matrices = matrices.transpose(-2, -1).to(q.dtype)
         scale = (self.scale / self.config.tau)[:, None, :]
         if self.config.normalise:
-            q, k = (F.normalize(x, dim=-1, eps=1e-6) for x in (q, k))
+            q, k = _unit(q), _unit(k)
         q, k = q * scale, k * scale
         features = _relu_features if self.config.kernel == "arccos" else _SinCos.apply
         log_weight = log_decay = None
@@ -145,6 +145,11 @@ class RandomFeatureAttention(KernelAttention):
         if self.config.gate:
             flops += 2 * n * self.model_dim * self.num_heads
         return replace(base, flops=base.flops + flops)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Returns x / |x|; a zero vector stays zero, with a finite gradient."""
+    return x * x.square().sum(-1, keepdim=True).clamp_min(1e-12).rsqrt()
 
 
 def _relu_features(projected: Tensor) -> Tensor:
@@ -173,4 +178,4 @@ class _SinCos(torch.autograd.Function):
         (out,) = ctx.saved_tensors
         sin, cos = out.chunk(2, -1)
         grad_sin, grad_cos = grad.chunk(2, -1)
-        return grad_sin * cos - grad_cos * sin
+        return (grad_sin * cos).addcmul_(grad_cos, sin, value=-1)
