@@ -75,7 +75,7 @@ class Attention(nn.Module, abc.ABC):
     """Base class of every mechanism.
 
     A mechanism sets ``capabilities``, declares its options as a frozen dataclass ``Config``, and
-    defines ``attend`` (the fast form), ``weights`` (the quadratic form, its oracle) and ``cost``.
+    defines ``attend`` (the fast form), ``matrix`` (the quadratic form, its oracle) and ``cost``.
     `lra check` tells whether it keeps what this class promises.
 
     Args:
@@ -144,8 +144,8 @@ class Attention(nn.Module, abc.ABC):
         self._check(q, k, key_mask, causal, hidden)
         if v.shape[:-1] != k.shape[:-1]:
             raise ValueError(
-                f"Values must be of shape {(*k.shape[:-1], 'E')}, as the keys, not "
-                f"{tuple(v.shape)}."
+                f"Values must be of shape ({', '.join(map(str, k.shape[:-1]))}, E), as the keys, "
+                f"not {tuple(v.shape)}."
             )
         if k.shape[-2] == 0:
             return v.new_zeros(*q.shape[:-1], v.shape[-1])
@@ -163,7 +163,6 @@ class Attention(nn.Module, abc.ABC):
     ) -> Tensor:
         """Computes ``forward`` on checked arguments."""
 
-    @abc.abstractmethod
     def weights(
         self,
         q: Tensor,
@@ -174,8 +173,24 @@ class Attention(nn.Module, abc.ABC):
     ) -> Tensor:
         """Returns the attention matrix (B, H, N, S) with ``forward == weights @ v``.
 
-        The oracle: written for clarity, quadratic in memory, same random draws, no dropout.
+        The oracle: quadratic in memory, same random draws, no dropout. Arguments and errors are
+        those of ``forward``.
         """
+        self._check(q, k, key_mask, causal, hidden)
+        if k.shape[-2] == 0:
+            return q.new_zeros(*q.shape[:-1], 0)
+        return self.matrix(q, k, key_mask, causal, hidden)
+
+    @abc.abstractmethod
+    def matrix(
+        self,
+        q: Tensor,
+        k: Tensor,
+        key_mask: Tensor | None,
+        causal: bool,
+        hidden: Tensor | None,
+    ) -> Tensor:
+        """Computes ``weights`` on checked arguments; written for clarity."""
 
     @abc.abstractmethod
     def cost(self, n: int, s: int) -> Cost:
@@ -231,7 +246,6 @@ class Attention(nn.Module, abc.ABC):
     ) -> None:
         patterns = self.capabilities.patterns
         forms = ", ".join(sorted(patterns))
-        n, s = q.shape[-2], k.shape[-2]
         expected = (k.shape[0], self.num_heads, self.head_dim)
         for name, x in (("Queries", q), ("Keys", k)):
             if x.ndim != 4 or (*x.shape[:2], x.shape[3]) != expected:
@@ -239,6 +253,7 @@ class Attention(nn.Module, abc.ABC):
                     f"{name} must be of shape ({expected[0]}, {self.num_heads}, N, "
                     f"{self.head_dim}), not {tuple(x.shape)}."
                 )
+        n, s = q.shape[-2], k.shape[-2]
         if not causal and not patterns & {"self", "cross"}:
             raise ValueError(f"{self.name} has no bidirectional form; it has {forms}.")
         if causal and "causal" not in patterns:
@@ -258,8 +273,14 @@ class Attention(nn.Module, abc.ABC):
                 f"key_mask must be bool of shape {(k.shape[0], s)}, True for real tokens, not "
                 f"{key_mask.dtype} of shape {tuple(key_mask.shape)}."
             )
-        if hidden is None and self.capabilities.needs_hidden:
-            raise ValueError(f"{self.name} needs the layer's input: pass hidden=.")
+        if self.capabilities.needs_hidden:
+            if hidden is None:
+                raise ValueError(f"{self.name} needs the layer's input: pass hidden=.")
+            if hidden.shape != (q.shape[0], n, self.model_dim):
+                raise ValueError(
+                    f"hidden must be of shape {(q.shape[0], n, self.model_dim)}, not "
+                    f"{tuple(hidden.shape)}."
+                )
 
 
 def at_least_float32(x: Tensor) -> Tensor:

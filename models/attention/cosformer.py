@@ -95,18 +95,17 @@ class Cosformer(KernelAttention):
             weights = self._softmax_weights(q, k, Context(key_mask, causal, hidden))
             return (weights @ at_least_float32(v)).to(v.dtype)
 
-    def weights(
+    def matrix(
         self,
         q: Tensor,
         k: Tensor,
-        key_mask: Tensor | None = None,
-        causal: bool = False,
-        hidden: Tensor | None = None,
+        key_mask: Tensor | None,
+        causal: bool,
+        hidden: Tensor | None,
     ) -> Tensor:
         """Returns the row-normalised similarities (B, H, N, S)."""
         if self.config.feature != "softmax":
-            return super().weights(q, k, key_mask, causal, hidden)
-        self._check(q, k, key_mask, causal, hidden)
+            return super().matrix(q, k, key_mask, causal, hidden)
         with torch.autocast(q.device.type, enabled=False):
             return self._softmax_weights(q, k, Context(key_mask, causal, hidden))
 
@@ -127,7 +126,7 @@ class Cosformer(KernelAttention):
             return torch.full((k.shape[0],), self.max_len, device=k.device)
         padded = self.config.horizon == "padded"
         horizon = own_lengths(None if padded else context.key_mask, k).clamp_min(1)
-        if padded or q.shape[-2] != k.shape[-2]:
+        if q.shape[-2] != k.shape[-2]:
             horizon = horizon.clamp_min(q.shape[-2])
         return horizon
 

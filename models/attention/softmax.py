@@ -76,16 +76,15 @@ class Softmax(Attention):
         ]
         return torch.cat(outputs, -2)
 
-    def weights(
+    def matrix(
         self,
         q: Tensor,
         k: Tensor,
-        key_mask: Tensor | None = None,
-        causal: bool = False,
-        hidden: Tensor | None = None,
+        key_mask: Tensor | None,
+        causal: bool,
+        hidden: Tensor | None,
     ) -> Tensor:
         """Returns softmax(q k^T / sqrt(D)) over the admissible keys, 0 where there is none."""
-        self._check(q, k, key_mask, causal, hidden)
         scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
         keep = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device)
         if causal:

@@ -41,15 +41,11 @@ class Sound(Attention):
     def total(self, similarity):
         return similarity.sum(-1, keepdim=True).clamp_min(EPS)
 
-    def matrix(self, q, k, key_mask, causal):
+    def matrix(self, q, k, key_mask, causal, hidden=None):
         with torch.autocast("cpu", enabled=False):
             q, k = at_least_float32(q), at_least_float32(k)
             similarity = self.similarity(q, k, admissible(q, k, key_mask, causal))
             return similarity / self.total(similarity)
-
-    def weights(self, q, k, key_mask=None, causal=False, hidden=None):
-        self._check(q, k, key_mask, causal, hidden)
-        return self.matrix(q, k, key_mask, causal)
 
     def attend(self, q, k, v, key_mask, causal, hidden):
         with torch.autocast("cpu", enabled=False):
@@ -63,7 +59,7 @@ class Sound(Attention):
 
 
 class MaskIgnored(Sound):
-    def matrix(self, q, k, key_mask, causal):
+    def matrix(self, q, k, key_mask, causal, hidden=None):
         return super().matrix(q, k, None, causal)
 
 
@@ -133,7 +129,7 @@ class Comb(Sound):
     def pattern(self, n):
         return torch.arange(n) // 8
 
-    def matrix(self, q, k, key_mask, causal):
+    def matrix(self, q, k, key_mask, causal, hidden=None):
         group = self.pattern(q.shape[-2])
         similarity = self.similarity(q, k, admissible(q, k, key_mask, causal))
         similarity = similarity * (group[:, None] == group)
@@ -180,9 +176,9 @@ class PositionsInTokenDtype(Cosformer):
         self.token_dtype = v.dtype
         return super().attend(q, k, v, key_mask, causal, hidden)
 
-    def weights(self, q, k, key_mask=None, causal=False, hidden=None):
+    def matrix(self, q, k, key_mask, causal, hidden):
         self.token_dtype = q.dtype
-        return super().weights(q, k, key_mask, causal, hidden)
+        return super().matrix(q, k, key_mask, causal, hidden)
 
     def features(self, q, k, context):
         positions = context.start + torch.arange(max(q.shape[-2], k.shape[-2]))
@@ -290,7 +286,7 @@ class AcceptsAnything(Sound):
     def _check(self, q, k, key_mask, causal, hidden):
         pass
 
-    def matrix(self, q, k, key_mask, causal):
+    def matrix(self, q, k, key_mask, causal, hidden=None):
         real = None if key_mask is None else key_mask.reshape(-1, k.shape[-2])[:1].bool()
         return super().matrix(q, k, real, causal)
 

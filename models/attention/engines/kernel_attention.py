@@ -117,16 +117,15 @@ class KernelAttention(Attention, abc.ABC):
                 sums = bidirectional_sums(f.q, f.k, rows)
             return normalised(sums, self.signed).to(v.dtype)
 
-    def weights(
+    def matrix(
         self,
         q: Tensor,
         k: Tensor,
-        key_mask: Tensor | None = None,
-        causal: bool = False,
-        hidden: Tensor | None = None,
+        key_mask: Tensor | None,
+        causal: bool,
+        hidden: Tensor | None,
     ) -> Tensor:
         """Returns the row-normalised similarities (B, H, N, S)."""
-        self._check(q, k, key_mask, causal, hidden)
         with torch.autocast(q.device.type, enabled=False):
             f, key_weight = self._prepared(q, k, Context(key_mask, causal, hidden))
             similarity = f.q @ f.k.transpose(-2, -1)
