@@ -128,7 +128,7 @@ def _read_row(text: str, max_tokens: int) -> tuple[np.ndarray, int]:
         raise ValueError("the row is empty")
     source, *rest = text.split("\t")
     if not rest:
-        raise ValueError(f"the row has no tab and no label, only {excerpt(text)}; is it cut short?")
+        raise ValueError(f"the row has no tab and no label, only {excerpt(text)}: it is cut short")
     if len(rest) > 1:
         raise ValueError(f"the row has {len(rest) + 1} columns, not 2: Source and Target")
     [label] = rest

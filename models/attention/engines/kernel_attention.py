@@ -214,7 +214,8 @@ def _causal_unit(
         S_i = exp(g_i) S_{i-1} + exp(w_i) x_i    becomes
         S_i / exp(m_i) = exp(m_{i-1} + g_i - m_i) S_{i-1} / exp(m_{i-1}) + exp(w_i - m_i) x_i,
 
-    whose exponents are at most 0. The unit cancels in the normalisation, so it has no gradient.
+    whose exponents are at most 0 but for the rounding of sums of g. The unit cancels in the
+    normalisation, whatever its rounding, so it has no gradient.
 
     Args:
         log_weight: w (B, H, N).
