@@ -5,6 +5,7 @@ Names, keys, types and values of all runs of a call are checked before anything 
 
 import importlib
 import itertools
+import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,7 +17,9 @@ from typing import Any
 from lra.config import RunConfig, options_of, require
 from lra.tasks import TASKS
 from lra.typed import from_mapping, unknown
-from models.attention import ATTENTIONS, capabilities
+from models.attention import ATTENTIONS, build_attention, capabilities
+
+LOG = logging.getLogger("lra")
 
 GROUPS = ("task", "attention", "protocol")
 PROTOCOL_SECTIONS = ("task", "model", "train")
@@ -304,8 +307,19 @@ def named_plugins(overrides: list[str]) -> list[str]:
 
 def _check_fit(config: RunConfig) -> None:
     """Checks that the model takes the task's examples, and the encoder the attention."""
+    import torch
+
     task = config.build_task()
     name = config.attention["name"]
+    sizes = {"num_heads": config.model.heads, "head_dim": config.model.head_dim}
+    sizes |= {"max_len": config.model.max_len, "model_dim": config.model.dim}
+    try:
+        with torch.device("meta"):
+            build_attention(name, **sizes, **config.attention_options)
+    except ValueError:  # sizes and options that do not go together
+        raise
+    except Exception as error:  # its crash, or that of a device without numbers: the run will tell
+        LOG.debug("attention=%s on the meta device: %s", name, error)
     patterns = capabilities(name, config.attention_options).patterns
     forms = ", ".join(sorted(patterns))
     require(

@@ -14,16 +14,19 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from lra.measure import allocated_peak
-from lra.probe import GARBAGE, Call, Subject
+from lra.probe import GARBAGE, LONG, Call, Subject
 from lra.text import aligned
 from models.attention.base import Attention
 
 EXACT, FLOAT32, BF16 = 1e-10, 2e-5, 3e-2
 TOLERANCES = {torch.float64: EXACT, torch.float32: FLOAT32, torch.bfloat16: BF16}
-DERIVATIVE = 1e-6
+DERIVATIVE, GRADIENT = 1e-6, 1e-9
+FLOAT32_GRADIENT = torch.finfo(torch.float32).eps ** 0.5  # gradients are made of differences
 
 LENGTHS = (1, 2, 7, 64, 65, 257)
 CROSS = ((1, 7), (7, 1), (64, 65), (65, 3), (2, 257), (257, 64))
@@ -63,10 +66,11 @@ def check(
         names: Names of ``CHECKS``; None for all.
 
     Raises:
-        ValueError: For an option that is unknown or of the wrong type.
+        ValueError: For an option that is unknown, of the wrong type or refused.
     """
     subject = Subject(cls, options or {})
     with torch.random.fork_rng(devices=[]):
+        subject.build()  # what cannot be built is no matter of the checks
         return [_run(name, CHECKS[name], subject) for name in (names or CHECKS)]
 
 
@@ -130,6 +134,10 @@ def _needs(condition: bool, reason: str) -> None:
         raise NotApplicable(reason)
 
 
+def _needs_identity(subject: Subject, identity: str) -> None:
+    _needs(identity in subject.able.identities, "not declared")
+
+
 def _needs_exact_masks(subject: Subject) -> None:
     declared = {"approximate": "masks are approximate", "none": "masks are refused"}
     _needs(subject.able.key_mask == "exact", declared.get(subject.able.key_mask, ""))
@@ -139,16 +147,22 @@ def _needs_exact_masks(subject: Subject) -> None:
 
 
 def output_is_weights_times_values(subject: Subject) -> Worst:
-    """In float64, for every pattern, mask, length and head dimension, in both modes."""
+    """In float64, for every pattern, mask, length and head dimension, E = D and not, both modes."""
     worst = Worst(EXACT)
+
+    def compare(where: str, call: Call) -> None:
+        weights = call.weights()
+        worst.compare(call.out(), weights @ call.v, call.unit(weights), where)
+
     for d in HEAD_DIMS:
-        attention = subject.build(d)
-        for where, call in subject.calls(attention, LENGTHS if d == 8 else (1, 7, 65), CROSS):
-            worst.compare(call.out(), call.weights() @ call.v, call.unit(), where)
-    attention = subject.build().train()
-    attention.resample(torch.Generator().manual_seed(1))
-    for where, call in subject.calls(attention, (65,), ((9, 65),)):
-        worst.compare(call.out(), call.weights() @ call.v, call.unit(), f"training, {where}")
+        for where, call in subject.calls(subject.build(d), (1, 7, 65), ((1, 7), (65, 3))):
+            compare(where, call)
+    for wider in (0, 3):
+        for where, call in subject.calls(subject.build(), LENGTHS, CROSS, wider):
+            compare(where, call)
+    attention = subject.build(training=True)
+    for where, call in subject.calls(attention, (65, LONG), ((9, 65),)):
+        compare(f"training, {where}", call)
     return worst
 
 
@@ -188,7 +202,7 @@ def long_sequences_lose_nothing(subject: Subject) -> Worst:
     worst = Worst(torch.finfo(torch.bfloat16).eps)
     n, at = 2048, torch.arange(2048)
     masks = torch.stack([at >= 0, at < 32, at >= n - 32])
-    attention, exact = subject.build(dtype=torch.float32), subject.build()
+    attention, exact = (subject.build(heads=1, dtype=t) for t in (torch.float32, torch.float64))
     for pattern in ("self", "causal"):
         if pattern not in subject.able.patterns:
             continue
@@ -200,8 +214,10 @@ def long_sequences_lose_nothing(subject: Subject) -> Worst:
         tokens = replace(call, v=v, key_mask=mask).to(torch.bfloat16, attention)
         with torch.autocast("cpu", torch.bfloat16):
             out = tokens.out()
-        expected = (reference := tokens.to(torch.float64, exact)).weights() @ reference.v
-        worst.compare(out, expected, expected.abs(), f"{pattern}, N={n}")
+        weights = (reference := tokens.to(torch.float64, exact)).weights()
+        # All that is summed up: for weights that are a distribution, the output itself.
+        summed = weights.abs() @ reference.v.abs()
+        worst.compare(out, weights @ reference.v, summed, f"{pattern}, N={n}")
     _needs(worst.where != "", "no self attention")
     return worst
 
@@ -213,20 +229,20 @@ def no_future_is_felt(subject: Subject) -> Worst:
     """Causal outputs stay when later tokens become 30 times larger, or are masked."""
     _needs("causal" in subject.able.patterns, "no causal form")
     worst = Worst(EXACT)
-    attention = subject.build()
-    for n in (2, 7, 65, 257):
-        for name, mask in subject.masks(n).items():
-            call = subject.call(attention, n, mask=mask, causal=True)
-            noise = subject.call(attention, n, causal=True, seed=1)
-            out, unit = call.out(), call.unit()
-            for t in sorted({1, n // 2, n - 1}):
-                past = (torch.arange(n) < t).expand(3, -1)
-                where = f"N={n}, {name}, after token {t}"
-                later = call.with_tokens_of(noise, past, 30.0)
-                worst.compare(later.out()[:, :, :t], out[:, :, :t], unit[:, :, :t], where)
-                if subject.able.key_mask == "exact":
-                    later = replace(later, key_mask=call.real & past)
+    for mode, attention in subject.modes():
+        for n in (2, 7, 65, 257, LONG):
+            for name, mask in subject.masks(n).items():
+                call = subject.call(attention, n, mask=mask, causal=True)
+                noise = subject.call(attention, n, causal=True, seed=1)
+                out, unit = call.out(), call.unit()
+                for t in sorted({1, n // 2, n - 1}):
+                    past = (torch.arange(n) < t).expand(3, -1)
+                    where = f"{mode}, N={n}, {name}, after token {t}"
+                    later = call.with_tokens_of(noise, past, 30.0)
                     worst.compare(later.out()[:, :, :t], out[:, :, :t], unit[:, :, :t], where)
+                    if subject.able.key_mask == "exact":
+                        later = replace(later, key_mask=call.real & past)
+                        worst.compare(later.out()[:, :, :t], out[:, :, :t], unit[:, :, :t], where)
     return worst
 
 
@@ -234,72 +250,73 @@ def masked_tokens_change_nothing(subject: Subject) -> Worst:
     """Neither garbage in holes and padding, nor more padding, changes a real output."""
     _needs_exact_masks(subject)
     worst = Worst(EXACT)
-    attention = subject.build()
-    for where, call in subject.calls(attention, (1, 7, 65), ((9, 7), (3, 65))):
-        n, s = call.q.shape[2], call.k.shape[2]
-        rows = (torch.ones(3, n, dtype=torch.bool) if call.one_sided else call.real)[
-            :, None, :, None
-        ]
-        out, unit = call.out() * rows, call.unit() * rows
-        other = subject.call(attention, n, s, causal=call.causal, seed=9)
-        dirty = replace(call.with_tokens_of(other, call.real, GARBAGE), key_mask=call.real)
-        worst.compare(dirty.out() * rows, out, unit, f"{where}: garbage under the mask")
-        for extra in (1, 9, 120):
-            longer = dirty.followed_by(extra).out()[:, :, :n]
-            worst.compare(longer * rows, out, unit, f"{where}: {extra} more masked tokens")
+    for mode, attention in subject.modes():
+        for at, call in subject.calls(attention, (1, 7, 65, LONG), ((9, 7), (3, 65))):
+            where, n, s = f"{mode}, {at}", call.q.shape[2], call.k.shape[2]
+            rows = torch.ones(3, n, dtype=torch.bool) if call.one_sided else call.real
+            rows = rows[:, None, :, None]
+            out, unit = call.out() * rows, call.unit() * rows
+            other = subject.call(attention, n, s, causal=call.causal, seed=9)
+            dirty = replace(call.with_tokens_of(other, call.real, GARBAGE), key_mask=call.real)
+            worst.compare(dirty.out() * rows, out, unit, f"{where}: garbage under the mask")
+            for extra in (1, 9, 120):
+                longer = dirty.followed_by(extra).out()[:, :, :n]
+                worst.compare(longer * rows, out, unit, f"{where}: {extra} more masked tokens")
     return worst
 
 
 def batch_mates_change_nothing(subject: Subject) -> Worst:
     """A sample gives the same alone and between far larger, longer samples."""
     worst = Worst(EXACT)
-    attention = subject.build()
-    for pattern, n, s in (("self", 65, 65), ("causal", 65, 65), ("cross", 9, 65)):
-        if pattern not in subject.able.patterns:
-            continue
-        alone = subject.call(attention, n, s, batch=1, causal=pattern == "causal")
-        mates = subject.call(attention, n, s, batch=2, seed=1)
-
-        def between(own: Tensor, others: Tensor, _: int) -> Tensor:
-            first, last = (GARBAGE * others).chunk(2)
-            return torch.cat([first, own, last])
-
-        together = alone.combined(mates, between, queries=True)
-        worst.compare(together.out()[1:2], alone.out(), alone.unit(), pattern)
-        if subject.able.key_mask == "exact":
-            shorter = alone.followed_by(30)
-            longer = subject.call(attention, n if pattern == "cross" else n + 30, s + 30, batch=2)
-            together = replace(shorter, key_mask=None).combined(longer, between, queries=True)
-            lengths = torch.tensor([s + 30, s, s + 7])
-            mask = torch.arange(s + 30) < lengths[:, None]
-            out = replace(together, key_mask=mask).out()[1:2, :, :n]
-            worst.compare(out, alone.out(), alone.unit(), f"{pattern}, padded")
+    sizes = [("self", n, n) for n in (65, LONG)] + [("causal", n, n) for n in (65, LONG)]
+    for mode, attention in subject.modes():
+        for pattern, n, s in (*sizes, ("cross", 9, 65), ("cross", 65, LONG)):
+            if pattern not in subject.able.patterns:
+                continue
+            where = f"{mode}, {pattern}, S={s}"
+            alone = subject.call(attention, n, s, batch=1, causal=pattern == "causal")
+            mates = subject.call(attention, n, s, batch=2, seed=1)
+            together = alone.combined(mates, _between, queries=True)
+            worst.compare(together.out()[1:2], alone.out(), alone.unit(), where)
+            if subject.able.key_mask == "exact":
+                shorter = replace(alone.followed_by(30), key_mask=None)
+                mates = subject.call(attention, n if n != s else n + 30, s + 30, batch=2)
+                lengths = torch.tensor([s + 30, s, s + 7])
+                together = replace(
+                    shorter.combined(mates, _between, queries=True),
+                    key_mask=torch.arange(s + 30) < lengths[:, None],
+                )
+                out = together.out()[1:2, :, :n]
+                worst.compare(out, alone.out(), alone.unit(), f"{where}, padded")
     return worst
+
+
+def _between(own: Tensor, mates: Tensor, _: int) -> Tensor:
+    first, last = (GARBAGE * mates).chunk(2)
+    return torch.cat([first, own, last])
 
 
 def no_key_gives_zero(subject: Subject) -> Worst:
     """Queries without an admissible key give exactly 0; gradients are finite all the same."""
     worst = Worst(0.0)
-    cases: list[tuple[str, int, int, Tensor | None]] = []
     empty = torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0], [0, 0, 1, 1]], dtype=torch.bool)
     masked = empty if subject.able.key_mask != "none" else None
-    for pattern, n, s in (("self", 4, 4), ("causal", 4, 4), ("cross", 3, 4), ("cross", 3, 0)):
-        if pattern in subject.able.patterns:
-            cases.append((pattern, n, s, masked if s else None))
+    sizes = (("self", 4, 4), ("causal", 4, 4), ("cross", 3, 4), ("cross", 3, 0))
+    sizes = [size for size in sizes if size[0] in subject.able.patterns]
     for dtype, reduced in (
         (torch.float64, None),
         (torch.float32, None),
         (torch.float32, torch.bfloat16),
         (torch.float32, torch.float16),
     ):
-        attention = subject.build(dtype=dtype)
-        for pattern, n, s, mask in cases:
-            for zero in (False, True):
-                call = subject.call(
-                    attention, n, s, mask=mask, causal=pattern == "causal", dtype=dtype
-                )
-                where = f"{pattern}, S={s}, {reduced or dtype}" + (", zero tokens" if zero else "")
-                _note_empty_rows(worst, call, reduced, zero, where)
+        dropping = subject.build(dtype=dtype, training=True, dropout=0.5)
+        for mode, attention in (*subject.modes(dtype), ("training with dropout", dropping)):
+            for pattern, n, s in sizes:
+                for tokens in ("normal tokens", "zero tokens"):
+                    call = subject.call(attention, n, s, causal=pattern == "causal", dtype=dtype)
+                    call = replace(call, key_mask=masked if s else None)
+                    where = f"{mode}, {pattern}, S={s}, {reduced or dtype}, {tokens}"
+                    _note_empty_rows(worst, call, reduced, tokens == "zero tokens", where)
     return worst
 
 
@@ -315,18 +332,15 @@ def _note_empty_rows(
     n, s = q.shape[2], k.shape[2]
     sees = call.real[:, None, :].expand(-1, n, -1)
     sees = (sees.tril() if call.causal else sees).any(-1)
-    if s == 0 or not bool(sees.all()):
-        worst.note(float(out.detach()[~sees[:, None].expand(out.shape[:3])].abs().sum()), where)
+    worst.note(float(out.detach()[~sees[:, None].expand(out.shape[:3])].abs().sum()), where)
+    if not bool(out.isfinite().all()):
+        worst.note(math.inf, f"{where}: the output is not finite")
     if s > 0:
         out.float().square().sum().backward()
     leaves = {"q": q, "k": k, "v": v} | dict(call.attention.named_parameters())
     for name, leaf in leaves.items():
         if leaf.grad is not None and not bool(leaf.grad.isfinite().all()):
             worst.note(math.inf, f"{where}: the gradient of {name} is not finite")
-    if not bool(out.isfinite().all()):
-        worst.note(math.inf, f"{where}: the output is not finite")
-    if worst.where == "":
-        worst.note(0.0, where)
     call.attention.zero_grad()
 
 
@@ -334,39 +348,66 @@ def _note_empty_rows(
 
 
 def recurrent_is_causal(subject: Subject) -> Worst:
-    """Token by token it gives what causal attention gives at once."""
+    """Token by token, by turns with another sequence, it gives what causal attention gives."""
     _needs(subject.able.recurrent, "no recurrent form")
     worst = Worst(EXACT)
-    for d in (1, 8):
+    for d, n, batch in ((1, 65, 3), (8, 1, 3), (8, 2, 1), (8, 300, 2)):
         attention = subject.build(d)
-        for n in (1, 2, 65, 130):
-            call = subject.call(attention, n, causal=True)
-            state = attention.init_state(3, torch.device("cpu"), torch.float64)
-            outputs = []
-            for t in range(n):
-                at = slice(t, t + 1)
-                hidden = None if call.hidden is None else call.hidden[:, at]
-                token = (x[:, :, at] for x in (call.q, call.k, call.v))
-                out, state = attention.step(*token, state, hidden=hidden)
-                outputs.append(out)
-            worst.compare(torch.cat(outputs, 2), call.out(), call.unit(), f"N={n}, D={d}")
+        calls = [subject.call(attention, n, causal=True, batch=batch, seed=i) for i in range(2)]
+        for call, out in zip(calls, _by_steps(calls), strict=True):
+            worst.compare(out, call.out(), call.unit(), f"N={n}, B={batch}, D={d}")
     return worst
+
+
+def reduced_steps_are_float64(subject: Subject) -> Worst:
+    """In bf16 the state does not lose what the tokens have: sums are in float32."""
+    _needs(subject.able.recurrent, "no recurrent form")
+    worst = Worst(torch.finfo(torch.bfloat16).eps)
+    attention, exact = subject.build(dtype=torch.float32), subject.build()
+    call = subject.call(exact, 1024, causal=True, batch=1).similar()
+    tokens = replace(call, v=call.v.abs()).to(torch.bfloat16, attention)
+    with torch.autocast("cpu", torch.bfloat16):
+        [out] = _by_steps([tokens])
+    reference = tokens.to(torch.float64, exact)
+    weights = reference.weights()
+    worst.compare(out, weights @ reference.v, weights.abs() @ reference.v.abs(), "N=1,024")
+    return worst
+
+
+@torch.no_grad()
+def _by_steps(calls: list[Call]) -> list[Tensor]:
+    """Returns the outputs of sequences that take their steps by turns."""
+    states, outputs = [], [[] for _ in calls]
+    for call in calls:
+        batch, device, dtype = len(call.q), call.q.device, call.q.dtype
+        states.append(call.attention.init_state(batch, device, dtype))
+    for t in range(calls[0].q.shape[2]):
+        at = slice(t, t + 1)
+        for i, call in enumerate(calls):
+            token = (x[:, :, at] for x in (call.q, call.k, call.v))
+            hidden = None if call.hidden is None else call.hidden[:, at]
+            out, states[i] = call.attention.step(*token, states[i], hidden=hidden)
+            outputs[i].append(out)
+    return [torch.cat(each, 2) for each in outputs]
 
 
 def evaluation_is_deterministic(subject: Subject) -> Worst:
     """Equal to the bit: two calls, a loaded copy, before and after training draws.
 
-    Draws change by ``resample`` alone, as its generator says; forward passes draw nothing.
+    Draws change by ``resample`` alone, as its generator says; forward passes draw nothing. Dropout
+    is for training alone, where it is declared.
     """
     worst = Worst(0.0)
     attention, copy = (subject.build(dtype=torch.float32, seed=seed) for seed in (0, 1))
     copy.load_state_dict(attention.state_dict())
+    dropping = subject.build(dtype=torch.float32, dropout=0.5)
     for where, call in subject.calls(attention, (65,), ((9, 65),)):
         call = call.to(torch.float32, attention)
         generator = torch.get_rng_state()
         out = call.out()
         worst.same(call.out(), out, f"{where}: second call")
         worst.same(replace(call, attention=copy).out(), out, f"{where}: loaded copy")
+        worst.same(replace(call, attention=dropping).out(), out, f"{where}: dropout in evaluation")
         attention.resample(torch.Generator().manual_seed(2))
         worst.same(call.out(), out, f"{where}: after resample")
         attention.train()
@@ -377,8 +418,13 @@ def evaluation_is_deterministic(subject: Subject) -> Worst:
             worst.note(math.inf, f"{where}: resample draws nothing")
         attention.resample(torch.Generator().manual_seed(2))
         worst.same(call.out(), trained, f"{where}: the same draw again")
-        attention.eval()
         worst.same(torch.get_rng_state(), generator, f"{where}: state of torch's generator")
+        dropping.resample(torch.Generator().manual_seed(2))
+        dropped = not torch.equal(replace(call, attention=dropping.train()).out(), trained)
+        if dropped != (subject.able.dropout == "weights"):
+            worst.note(math.inf, f"{where}: dropout in training, declared {subject.able.dropout}")
+        attention.eval()
+        dropping.eval()
     return worst
 
 
@@ -387,7 +433,8 @@ def evaluation_is_deterministic(subject: Subject) -> Worst:
 
 def permuted_tokens_give_permuted_outputs(subject: Subject) -> Worst:
     """The order of tokens is of no consequence."""
-    _needs("permutation" in subject.able.identities, "not declared")
+    _needs_identity(subject, "permutation")
+    _needs("self" in subject.able.patterns, "no bidirectional form")
     worst, attention = Worst(EXACT), subject.build()
     order = torch.randperm(33, generator=torch.Generator().manual_seed(0))
     for name, mask in subject.masks(33).items():
@@ -403,7 +450,9 @@ def permuted_tokens_give_permuted_outputs(subject: Subject) -> Worst:
 
 def masked_tokens_before_change_nothing(subject: Subject) -> Worst:
     """A causal sequence gives the same wherever it begins: only distances count."""
-    _needs("position shift" in subject.able.identities, "not declared")
+    _needs_identity(subject, "position shift")
+    _needs("causal" in subject.able.patterns, "no causal form")
+    _needs_exact_masks(subject)
     worst, attention = Worst(EXACT), subject.build()
     call = subject.call(attention, 65, causal=True)
     out, unit = call.out(), call.unit()
@@ -435,7 +484,7 @@ def scaled_keys_change_nothing(subject: Subject) -> Worst:
 def _rescaled(
     subject: Subject, identity: str, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 ) -> Worst:
-    _needs(identity in subject.able.identities, "not declared")
+    _needs_identity(subject, identity)
     worst, attention = Worst(EXACT), subject.build()
     for where, call in subject.calls(attention, (33,), ((5, 33),)):
         q, k = change(call.q, call.k)
@@ -457,12 +506,15 @@ def gradients_are_derivatives(subject: Subject) -> Worst:
             leaves["hidden"] = call.hidden
         for leaf in leaves.values():
             leaf.requires_grad_()
-        leaves |= dict(attention.named_parameters())
+        parameters = dict(attention.named_parameters())
+        leaves |= parameters
         generator = torch.Generator().manual_seed(4)
         out = call.out()
         to = torch.randn(out.shape, generator=generator, dtype=out.dtype)
         gradients = torch.autograd.grad((out * to).sum(), list(leaves.values()), allow_unused=True)
         for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
+            if name in parameters and (gradient is None or not bool(gradient.any())):
+                worst.note(math.inf, f"{where}: {name} has no gradient")
             gradient = torch.zeros_like(leaf) if gradient is None else gradient
             direction = torch.randn(leaf.shape, generator=generator, dtype=leaf.dtype)
             expected = _derivative(call, leaf.data, direction, to)
@@ -483,6 +535,38 @@ def _derivative(call: Call, leaf: Tensor, direction: Tensor, to: Tensor) -> floa
     return total / (12 * step)
 
 
+def gradients_are_those_of_weights(subject: Subject) -> Worst:
+    """In float64, at a length past any chunk, in both modes: the two forms' gradients agree."""
+    return _gradients(subject, torch.float64, GRADIENT)
+
+
+def float32_gradients_are_those_of_weights(subject: Subject) -> Worst:
+    """The same in float32, in which models are trained."""
+    return _gradients(subject, torch.float32, FLOAT32_GRADIENT)
+
+
+def _gradients(subject: Subject, dtype: torch.dtype, tolerance: float) -> Worst:
+    worst = Worst(tolerance)
+    for mode, attention in subject.modes(dtype):
+        for where, call in subject.calls(attention, (300,), ((65, 300),)):
+            call = call.to(dtype, attention).similar()
+            leaves = [x for x in (call.q, call.k, call.v, call.hidden) if x is not None]
+            for leaf in leaves:
+                leaf.requires_grad_()
+            leaves += attention.parameters()
+            forms = call.out(), call.weights() @ call.v
+            to = torch.randn_like(forms[0])
+            fast, exact = (
+                torch.autograd.grad((form * to).sum(), leaves, allow_unused=True) for form in forms
+            )
+            for ours, theirs in zip(fast, exact, strict=True):
+                if theirs is not None:
+                    ours = torch.zeros_like(theirs) if ours is None else ours
+                    error = (ours - theirs).norm() / theirs.norm().clamp_min(1e-30)
+                    worst.note(float(error), f"{mode}, {where}")
+    return worst
+
+
 def causal_memory_is_that_of_bidirectional(subject: Subject) -> Worst:
     """At 4,096 positions a causal training pass takes less than 4 times the memory."""
     able = subject.able
@@ -495,16 +579,38 @@ def causal_memory_is_that_of_bidirectional(subject: Subject) -> Worst:
 
 def memory_grows_as_declared(subject: Subject) -> Worst:
     """The exponent of a training pass's memory from 1,024 to 4,096 positions is that declared."""
-    declared = EXPONENTS[subject.able.growth]
-    worst = Worst(declared + 0.1)
+    worst = Worst(EXPONENTS[subject.able.memory] + 0.1)
     for pattern in ("self", "causal"):
         if pattern in subject.able.patterns:
-            small, large = (
-                _training_peak(subject, n, 16, pattern == "causal") for n in (1024, 4096)
-            )
-            worst.note(math.log(large / small, 4), f"{pattern}, growth {subject.able.growth}")
+            causal = pattern == "causal"
+            small, large = (_training_peak(subject, n, 16, causal) for n in (1024, 4096))
+            worst.note(math.log(large / small, 4), f"{pattern}, declared {subject.able.memory}")
     _needs(worst.where != "", "no self attention")
     return worst
+
+
+def operations_grow_as_declared(subject: Subject) -> Worst:
+    """The exponent of matrix products and convolutions from 1,024 to 4,096 is that declared."""
+    worst = Worst(EXPONENTS[subject.able.time] + 0.1)
+    for pattern in ("self", "causal"):
+        if pattern in subject.able.patterns:
+            causal = pattern == "causal"
+            small, large = (_operations(subject, n, causal) for n in (1024, 4096))
+            if small:
+                worst.note(math.log(large / small, 4), f"{pattern}, declared {subject.able.time}")
+    _needs(worst.where != "", "no self attention with products that are counted")
+    return worst
+
+
+def _operations(subject: Subject, n: int, causal: bool) -> int:
+    """Returns the floating point operations of a forward pass of one head, as torch counts them."""
+    attention = subject.build(8, heads=1, max_len=4096, dtype=torch.float32)
+    call = subject.call(attention, n, causal=causal, batch=1, dtype=torch.float32)
+    counter = FlopCounterMode(display=False)
+    # The fused kernel is counted on no CPU; the plain one has the same products.
+    with torch.no_grad(), counter, sdpa_kernel(SDPBackend.MATH):
+        call.out()
+    return counter.get_total_flops()
 
 
 def _training_peak(subject: Subject, n: int, d: int, causal: bool) -> int:
@@ -514,7 +620,6 @@ def _training_peak(subject: Subject, n: int, d: int, causal: bool) -> int:
     if subject.able.key_mask != "none":
         mask = (torch.arange(n) < n - 5).expand(1, -1)
     call = subject.call(attention, n, mask=mask, causal=causal, batch=1, dtype=torch.float32)
-    call = replace(call, v=call.v[..., :d])  # E = D, as in a model
     for leaf in (call.q, call.k, call.v):
         leaf.requires_grad_()
     return allocated_peak(lambda: call.out().sum().backward())
@@ -532,9 +637,8 @@ def sizes_are_declared(subject: Subject) -> Worst:
         return worst
     state = attention.init_state(1, torch.device("cpu"), torch.float32)
     call = subject.call(attention, 1, causal=True, batch=1, dtype=torch.float32)
-    v = call.v[..., : attention.head_dim]
     for _ in range(3):
-        _, state = attention.step(call.q, call.k, v, state, hidden=call.hidden)
+        _, state = attention.step(call.q, call.k, call.v, state, hidden=call.hidden)
     tensors = (x for x in tree_leaves(state) if isinstance(x, Tensor) and x.is_floating_point())
     floats = sum(x.numel() for x in tensors)
     worst.note(abs(declared.state_floats - floats), f"{floats} numbers of state")
@@ -547,8 +651,9 @@ def sizes_are_declared(subject: Subject) -> Worst:
 def what_is_not_defined_is_refused(subject: Subject) -> Worst:
     """Unsupported patterns, masks, lengths, shapes and options raise ValueError."""
     able, attention = subject.able, subject.build(max_len=16)
-    causal = "self" not in able.patterns
+    causal = not able.patterns & {"self", "cross"}
     sound = subject.call(attention, 5, causal=causal)
+    sound.out()  # if this is refused, all below would be for nothing
     ones = torch.ones(3, 5, dtype=torch.bool)
     refused: dict[str, Callable[[], object]] = {}
 
@@ -573,6 +678,7 @@ def what_is_not_defined_is_refused(subject: Subject) -> Worst:
         both("bidirectional", replace(sound, causal=False))
     if able.needs_hidden:
         both("a missing layer input", replace(sound, hidden=None))
+        both("a layer input of another length", replace(sound, hidden=sound.hidden[:, :4]))
     if able.needs_max_len:
         both("more than max_len tokens", subject.call(attention, 17, causal=causal))
     refused["values of another length"] = replace(sound, v=sound.v[:, :, :4]).out
@@ -588,20 +694,26 @@ def what_is_not_defined_is_refused(subject: Subject) -> Worst:
 
 
 def _refused_steps(subject: Subject, attention: Attention) -> dict[str, Callable[[], object]]:
-    """Returns steps that must be refused: without a recurrent form, or after ``max_len``."""
-    cpu = torch.device("cpu")
-    if not subject.able.recurrent:
-        return {"a state": lambda: attention.init_state(1, cpu, torch.float64)}
-    if not subject.able.needs_max_len:
-        return {}
+    """Returns steps that must be refused."""
 
-    def too_many() -> None:
-        call = subject.call(attention, 1, causal=True)
-        state = attention.init_state(3, cpu, torch.float64)
-        for _ in range(17):
+    def steps(count: int, call: Call, batch: int = 3) -> None:
+        state = attention.init_state(batch, torch.device("cpu"), torch.float64)
+        for _ in range(count):
             _, state = attention.step(call.q, call.k, call.v, state, hidden=call.hidden)
 
-    return {"more than max_len steps": too_many}
+    one, two = (subject.call(attention, n, causal=True) for n in (1, 2))
+    if not subject.able.recurrent:
+        return {"a step without a recurrent form": lambda: steps(1, one)}
+    refused: dict[str, Callable[[], object]] = {
+        "a step of two tokens": lambda: steps(1, two),
+        "a step of another batch": lambda: steps(1, one, batch=2),
+        "a step with other heads": lambda: steps(1, replace(one, q=one.q[:, :1], k=one.k[:, :1])),
+    }
+    if subject.able.needs_hidden:
+        refused["a step without the layer input"] = lambda: steps(1, replace(one, hidden=None))
+    if subject.able.needs_max_len:
+        refused["more than max_len steps"] = lambda: steps(17, one)
+    return refused
 
 
 def _refuses(action: Callable[[], object]) -> bool:
@@ -624,15 +736,19 @@ CHECKS: dict[str, Callable[[Subject], Worst]] = {
     "T4 batch mates change nothing": batch_mates_change_nothing,
     "T5 no key gives zero": no_key_gives_zero,
     "T6 recurrent is causal": recurrent_is_causal,
+    "T6 bf16 steps are float64": reduced_steps_are_float64,
     "T7 evaluation is deterministic": evaluation_is_deterministic,
     "T9 permutation": permuted_tokens_give_permuted_outputs,
     "T9 position shift": masked_tokens_before_change_nothing,
     "T9 key shift": one_vector_added_to_all_keys_changes_nothing,
     "T9 query scale": scaled_queries_change_nothing,
     "T9 key scale": scaled_keys_change_nothing,
-    "T11 gradients": gradients_are_derivatives,
+    "T11 gradients are derivatives": gradients_are_derivatives,
+    "T11 gradients of both forms": gradients_are_those_of_weights,
+    "T11 float32 gradients of both": float32_gradients_are_those_of_weights,
     "T12 causal memory": causal_memory_is_that_of_bidirectional,
-    "T12 memory growth": memory_grows_as_declared,
+    "T12 growth of memory": memory_grows_as_declared,
+    "T12 growth of operations": operations_grow_as_declared,
     "T13 declared sizes": sizes_are_declared,
     "T14 refusals": what_is_not_defined_is_refused,
 }

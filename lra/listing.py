@@ -6,7 +6,8 @@ import shlex
 import textwrap
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from lra.compose import conf_dir, import_plugins, load, named_plugins
 from lra.tasks import TASKS
@@ -70,16 +71,17 @@ def _capabilities() -> str:
     for name in ATTENTIONS.names():
         try:
             cls = ATTENTIONS.get(name)
-        except ValueError as error:  # of another package; the others are not to suffer
-            failures.append(f"{name}: {error}")
+            config = cls.Config()
+            parameters = sum(p.numel() for p in cls(config, **LAYER).parameters())
+        except Exception as error:  # of another package; the others are not to suffer
+            failures.append(f"{name}: {type(error).__name__}: {error}")
             continue
-        config = cls.Config()
         able = cls.capabilities_with(config)
         patterns = [p for p in ("self", "causal", "cross") if p in able.patterns]
         patterns += ["recurrent"] if able.recurrent else []
-        parameters = sum(p.numel() for p in cls(config, **LAYER).parameters())
         masks = {"none": "refused"}.get(able.key_mask, able.key_mask)
-        row = (name, ", ".join(patterns), masks, able.growth, f"{parameters:,}", able.paper)
+        growth = able.time if able.memory == able.time else f"{able.time}, memory {able.memory}"
+        row = (name, ", ".join(patterns), masks, growth, f"{parameters:,}", able.paper)
         rows.append(row)
     size = "{num_heads} heads of {head_dim}, {model_dim} dimensions, {max_len:,} positions"
     notes = [
@@ -99,7 +101,8 @@ def _options(group: str, name: str) -> str:
     meanings = option_meanings(cls.Config)
     lines = [f"{group}={name}", "", about, ""]
     for field in fields(cls.Config):
-        shown = str(field.default).lower() if isinstance(field.default, bool) else field.default
+        default = getattr(cls.Config(), field.name)
+        shown = str(default).lower() if isinstance(default, bool) else default
         lines.append(f"{group}.{field.name}={shown}    {_allowed(hints[field.name])}")
         lines += textwrap.wrap(
             meanings.get(field.name, ""), 96, initial_indent="    ", subsequent_indent="    "
@@ -134,16 +137,18 @@ def option_meanings(config: type) -> dict[str, str]:
 def _allowed(hint: Any) -> str:
     choices = _choices(hint)
     if choices:
-        return "one of " + ", ".join(choices)
-    return {bool: "true or false", int: "an integer", float: "a number"}.get(hint, str(hint))
+        return "one of " + ", ".join(map(str, choices))
+    plain = {bool: "true or false", int: "an integer", float: "a number", str: "a text"}
+    return plain.get(hint, str(hint))
 
 
-def _choices(hint: Any) -> list[str]:
-    """Returns the values of a Literal, or of a union of them."""
-    if get_origin(hint) is None:
-        return []
-    inner = [_choices(part) if get_origin(part) else [str(part)] for part in get_args(hint)]
-    return [choice for part in inner for choice in part]
+def _choices(hint: Any) -> list[Any]:
+    """Returns the values of a Literal, or of a union of them; nothing for any other hint."""
+    if get_origin(hint) is Literal:
+        return list(get_args(hint))
+    if get_origin(hint) in (Union, UnionType):
+        return [choice for part in get_args(hint) for choice in _choices(part)]
+    return []
 
 
 def data(overrides: Sequence[str]) -> int:

@@ -13,6 +13,9 @@ from models.attention.base import Attention, Capabilities
 GARBAGE = 1e4
 """How much larger than real tokens those are that nobody may feel."""
 
+LONG = 400
+"""A length past any chunk or block; from there on, only two kinds of masks are tried."""
+
 
 class Subject:
     """Builds the attention under test in any size."""
@@ -34,15 +37,33 @@ class Subject:
         max_len: int = 2048,
         dtype: torch.dtype = torch.float64,
         seed: int = 0,
+        training: bool = False,
+        dropout: float = 0.0,
     ) -> Attention:
-        """Returns an instance in evaluation, with parameters away from their initial values."""
+        """Returns an instance with parameters away from their initial values.
+
+        In training it has drawn, where it is stochastic; otherwise it is in evaluation.
+        """
         torch.manual_seed(seed)
         attention = self.cls(
-            self.config, num_heads=heads, head_dim=head_dim, max_len=max_len, model_dim=12
+            self.config,
+            num_heads=heads,
+            head_dim=head_dim,
+            max_len=max_len,
+            model_dim=12,
+            dropout=dropout,
         )
         for parameter in attention.parameters():
             parameter.data += 0.1 * torch.randn(parameter.shape)
-        return attention.to(dtype).eval()
+        if training:
+            attention.resample(torch.Generator().manual_seed(seed + 1))
+        return attention.to(dtype).train(training)
+
+    def modes(self, dtype: torch.dtype = torch.float64) -> Iterator[tuple[str, Attention]]:
+        """Yields the same instance in evaluation and in training, and what it is in."""
+        for training in (False, True):
+            mode = "training" if training else "evaluation"
+            yield mode, self.build(dtype=dtype, training=training)
 
     def call(
         self,
@@ -55,8 +76,9 @@ class Subject:
         batch: int = 3,
         seed: int = 0,
         dtype: torch.dtype = torch.float64,
+        wider: int = 0,
     ) -> "Call":
-        """Returns a call of the attention on normal inputs with E != D."""
+        """Returns a call of the attention on normal inputs with E = D + ``wider``."""
         generator = torch.Generator().manual_seed(seed)
 
         def normal(*shape: int) -> Tensor:
@@ -66,14 +88,18 @@ class Subject:
 
         s = n if s is None else s
         heads, d = attention.num_heads, attention.head_dim
-        q, k, v = normal(n, heads, d), normal(s, heads, d), normal(s, heads, d + 3)
+        q, k, v = normal(n, heads, d), normal(s, heads, d), normal(s, heads, d + wider)
         if self.able.shared_query_key:
             k = q
         hidden = normal(n, attention.model_dim) if self.able.needs_hidden else None
         return Call(attention, q, k, v, mask, causal, hidden)
 
     def calls(
-        self, attention: Attention, lengths: Iterable[int], cross: Iterable[tuple[int, int]] = ()
+        self,
+        attention: Attention,
+        lengths: Iterable[int],
+        cross: Iterable[tuple[int, int]] = (),
+        wider: int = 0,
     ) -> Iterator[tuple[str, "Call"]]:
         """Yields calls in every pattern, length and mask, and what each is."""
         patterns = [p for p in ("self", "causal") if p in self.able.patterns]
@@ -84,13 +110,17 @@ class Subject:
             for name, mask in self.masks(s).items():
                 where = f"{pattern}, N={n}" + (f", S={s}" if s != n else "")
                 where += f", D={attention.head_dim}, {name}"
-                yield where, self.call(attention, n, s, mask=mask, causal=pattern == "causal")
+                causal = pattern == "causal"
+                yield where, self.call(attention, n, s, mask=mask, causal=causal, wider=wider)
 
     def masks(self, s: int) -> dict[str, Tensor | None]:
         """Returns key masks (3, s) by kind; each sample has a real token."""
         if self.able.key_mask == "none":
             return {"no mask": None}
         at = torch.arange(s)
+        both = torch.stack([at % 3 != 1, (at == 0) | (at == s // 2 - 1), at < 1])
+        if s >= LONG:
+            return {"no mask": None, "holes and padding": both}
         suffix = at < torch.tensor([s, (s + 1) // 2, 1])[:, None]
         holes = torch.stack([at % 3 != 1, (at == 0) | (at == s - 1), at >= 0])
         start = at >= torch.tensor([0, s // 2, s - 1])[:, None]
@@ -99,7 +129,7 @@ class Subject:
             "padding": suffix,
             "interior holes": holes,
             "holes at the start": start,
-            "holes and padding": holes & suffix,
+            "holes and padding": both,
         }
 
 
@@ -135,9 +165,10 @@ class Call:
         """Returns the quadratic form's matrix."""
         return self.attention.weights(self.q, self.k, self.key_mask, self.causal, self.hidden)
 
-    def unit(self) -> Tensor:
+    def unit(self, weights: Tensor | None = None) -> Tensor:
         """Returns what errors are relative to, for each query (B, H, N, 1)."""
-        total = self.weights().detach().abs().sum(-1, keepdim=True).double()
+        weights = self.weights() if weights is None else weights
+        total = weights.detach().abs().sum(-1, keepdim=True).double()
         largest = self.v.detach().double().abs().amax((-2, -1), keepdim=True)
         return total * total.clamp_min(1.0) * largest
 

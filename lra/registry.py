@@ -1,12 +1,14 @@
 """The one registry: names come from files and entry points, code is imported when needed."""
 
 import ast
+import dataclasses
 import importlib
 import importlib.metadata
 import importlib.util
+import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar, get_origin
 
 from lra.typed import unknown
 
@@ -38,7 +40,8 @@ class Registry(Generic[T]):
         """Returns a decorator that registers a class under ``name``.
 
         Raises:
-            TypeError: If the decorated object is not a subclass of the registry's base class.
+            TypeError: If the decorated object is not a subclass of the registry's base class, or
+                lacks something of what that asks for.
             ValueError: If another class has the name already.
         """
 
@@ -51,6 +54,8 @@ class Registry(Generic[T]):
                 raise TypeError(
                     f"{self.kind} '{name}' must be a subclass of {self.base}, not {cls!r}."
                 )
+            if lacks := _lacking(cls):
+                raise TypeError(f"{self.kind} '{name}' {lacks}.")
             known = self._entries.get(name)
             origin = (cls.__module__, cls.__qualname__)
             if known is not None and (known.__module__, known.__qualname__) != origin:
@@ -118,3 +123,28 @@ class Registry(Generic[T]):
 
     def _points(self) -> dict[str, importlib.metadata.EntryPoint]:
         return {p.name: p for p in importlib.metadata.entry_points(group=self.entry_points)}
+
+
+def _lacking(cls: type) -> str | None:
+    """Returns what keeps a class from being an entry: something undefined, or options to fill in.
+
+    An entry defines the methods that its base leaves abstract and the class variables that it only
+    declares; each option of its ``Config``, if it has one, has a default.
+    """
+    declared = {
+        name
+        for base in cls.__mro__
+        for name, hint in inspect.get_annotations(base).items()
+        if get_origin(hint) is ClassVar
+    }
+    missing = {name for name in declared if not hasattr(cls, name)}
+    missing |= getattr(cls, "__abstractmethods__", frozenset())
+    if missing:
+        return f"must define {', '.join(sorted(missing))}"
+    config = getattr(cls, "Config", None)
+    if config is not None and not dataclasses.is_dataclass(config):
+        return "must have a dataclass as its Config"
+    for field in dataclasses.fields(config) if config else ():
+        if field.default is field.default_factory is dataclasses.MISSING:
+            return f"must give its option {field.name} a default"
+    return None

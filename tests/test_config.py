@@ -145,6 +145,11 @@ def test_the_encoder_refuses_an_attention_that_is_causal_alone_before_anything_s
     )
 
 
+def test_what_an_attention_refuses_to_be_built_with_is_told_before_anything_starts():
+    told = message("attention=rfa", "attention.pool=1,300", "model.heads=4", of=load_sweep)
+    assert told == "attention.pool is 1: 4 heads need as many matrices."
+
+
 def test_overrides_of_every_section_arrive():
     config = load(
         [

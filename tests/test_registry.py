@@ -1,12 +1,15 @@
 """`lra.registry`: names without imports, and everything that may be wrong with an entry."""
 
+import abc
 import importlib
 import importlib.metadata
 import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -126,6 +129,44 @@ def test_a_class_registered_by_hand_is_found_under_its_name(animals, base):
     assert animals.get("bee") is Bee
     assert animals.names() == ["bee", "cat", "dog", "eel"]
     assert animals.summaries()["bee"] == "Bee: hums."
+
+
+@dataclass(frozen=True)
+class Width:
+    width: int
+
+
+@dataclass(frozen=True)
+class DefaultWidth:
+    width: int = 3
+    widths: list = field(default_factory=list)
+
+
+@pytest.mark.parametrize(
+    ("lacking", "told"),
+    [
+        ({"legs": None, "speak": None}, "must define legs, speak"),
+        ({"speak": None}, "must define speak"),
+        ({"Config": int}, "must have a dataclass as its Config"),
+        ({"Config": Width}, "must give its option width a default"),
+    ],
+)
+def test_an_entry_that_lacks_what_its_base_asks_for_is_refused(animals, base, lacking, told):
+    class Asking(base, abc.ABC):
+        legs: ClassVar[int]
+        name: ClassVar[str] = "any"
+
+        @abc.abstractmethod
+        def speak(self):
+            """Says something."""
+
+    whole = {"legs": 6, "speak": print, "Config": DefaultWidth}
+    animals.register("bee")(type("Bee", (Asking,), whole))
+    kept = {key: lacking.get(key, value) for key, value in whole.items()}
+    broken = type("Wasp", (Asking,), {k: v for k, v in kept.items() if v is not None})
+    with pytest.raises(TypeError, match=rf"^animal 'wasp' {told}\.$"):
+        animals.register("wasp")(broken)
+    assert "wasp" not in animals.names()
 
 
 def test_a_name_that_another_class_has_is_refused_and_both_are_named(animals, base):

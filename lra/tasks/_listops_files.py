@@ -35,7 +35,7 @@ def find_files(data_dir: Path) -> dict[str, Path]:
     folders = [data_dir / folder for folder in _FOLDERS]
     for folder in folders:
         paths = {name: folder / file for name, file in FILES.items()}
-        missing = [path.name for path in paths.values() if not path.exists()]
+        missing = [path.name for path in paths.values() if not path.is_file()]
         if not missing:
             return paths
         if len(missing) < len(paths):

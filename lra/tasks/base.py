@@ -110,6 +110,13 @@ class Task(abc.ABC):
     def baselines(self, splits: Mapping[str, Split]) -> dict[str, float]:
         """Returns test accuracies (fractions) of rules that learn nothing, by name."""
 
+    def source_files(self) -> dict[str, Path]:
+        """Returns the files that splits are made from, by split, as far as they are there now.
+
+        If they are no longer those that prepared data was made from, it is made again.
+        """
+        return {}
+
     @property
     def fingerprint(self) -> str:
         """Hash of all that determines the data; known without the data."""
@@ -162,22 +169,22 @@ class Task(abc.ABC):
         if not self.folder.exists():
             return "missing", f"no folder {self.folder}"
         try:
-            files = json.loads(path.read_text())["files"]
-            expected = {
-                self.folder / f"{name}.arrow": (
-                    files[f"{name}.arrow"]["bytes"],
-                    files[f"{name}.arrow"]["sha256"],
-                )
+            manifest = json.loads(path.read_text())
+            expected = [
+                (self.folder / f"{name}.arrow", manifest["files"][f"{name}.arrow"])
                 for name in SPLITS
-            }
+            ]
+            sources = self.source_files().items()
+            expected += [(file, manifest["sources"][name]) for name, file in sources]
+            expected = [(file, known["bytes"], known["sha256"]) for file, known in expected]
         except (OSError, ValueError, KeyError, TypeError):
             return "damaged", f"{path} cannot be read"
-        for file, (size, sha256) in expected.items():
+        for file, size, sha256 in expected:
             found = file.stat().st_size if file.is_file() else -1
             if found != size:
                 return "damaged", f"{file} has {found} bytes, not {size}"
             if hashes and file_hash(file) != sha256:
-                return "damaged", f"{file} has not the content it was written with"
+                return "damaged", f"{file} has not the content that it had then"
         return "found", str(self.folder)
 
     @contextlib.contextmanager
@@ -215,13 +222,7 @@ class Task(abc.ABC):
     def _manifest(
         self, splits: Mapping[str, Split], baselines: Mapping[str, float], folder: Path
     ) -> dict[str, Any]:
-        files = {
-            f"{name}.arrow": {
-                "bytes": (folder / f"{name}.arrow").stat().st_size,
-                "sha256": file_hash(folder / f"{name}.arrow"),
-            }
-            for name in SPLITS
-        }
+        files = {f"{name}.arrow": _known(folder / f"{name}.arrow") for name in SPLITS}
         sizes = {
             name: {
                 "examples": len(split),
@@ -243,8 +244,14 @@ class Task(abc.ABC):
                 **baselines,
             },
             "files": files,
+            "sources": {name: _known(file) for name, file in self.source_files().items()},
             "hash": short_hash({name: file["sha256"] for name, file in files.items()}, 16),
         }
+
+
+def _known(file: Path) -> dict[str, Any]:
+    """Returns what tells a file from others."""
+    return {"bytes": file.stat().st_size, "sha256": file_hash(file)}
 
 
 def _write(path: Path, split: Split) -> None:

@@ -6,8 +6,10 @@ read from its official files; round parentheses, which carry no information, are
 """
 
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -81,11 +83,22 @@ class ListOps(Task):
         """The longest expression that the options admit."""
         return self.config.max_length - 1
 
+    def source_files(self) -> dict[str, Path]:
+        """Returns the official files; nothing where they are not all there, or not asked for."""
+        if self.config.source == "generated":
+            return {}
+        try:
+            return find_files(self.data_dir)
+        except ValueError:
+            return {}
+
     def build(self) -> dict[str, Split]:
         """Reads the official files, or generates all splits from one stream of expressions."""
         config = self.config
         if config.source == "official":
-            return read_files(find_files(self.data_dir), self.max_len)
+            splits = read_files(find_files(self.data_dir), self.max_len)
+            self._tell_other_sizes(splits)
+            return splits
         sizes = (config.num_train, config.num_val, config.num_test)
         total = sum(sizes)
         with tqdm(total=total, desc="ListOps expressions", unit="", unit_scale=True) as bar:
@@ -103,6 +116,18 @@ class ListOps(Task):
         ends = np.cumsum((0, *sizes)).tolist()
         names = ("train", "val", "test")
         return {name: everything.take(*ends[i : i + 2]) for i, name in enumerate(names)}
+
+    def _tell_other_sizes(self, splits: Mapping[str, Split]) -> None:
+        """Tells where files are not as long as the released ones; a download may be cut short."""
+        config = self.config
+        released = {"train": config.num_train, "val": config.num_val, "test": config.num_test}
+        told = [
+            f"{name} has {len(splits[name]):,} rows, not {rows:,}"
+            for name, rows in released.items()
+            if len(splits[name]) != rows
+        ]
+        if told:
+            print(f"These are not the released ListOps files: {', '.join(told)}.", file=sys.stderr)
 
     def baselines(self, splits: Mapping[str, Split]) -> dict[str, float]:
         """Scores evaluation that sees the root operator only, or is cut below a depth."""

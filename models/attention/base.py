@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 Pattern = Literal["self", "causal", "cross"]
 
+Growth = Literal["N", "N log N", "N^1.5", "N^2"]
+
 Identity = Literal["permutation", "position shift", "key shift", "query scale", "key scale"]
 
 
@@ -22,8 +24,9 @@ class Capabilities:
     Attributes:
         paper: The paper the mechanism is from.
         patterns: The attention patterns it defines: self (bidirectional), causal, cross.
-        growth: Growth of time and extra memory in the sequence length N.
-        key_mask: Whether masked keys are excluded exactly, approximately, or masks are refused.
+        time: Growth of time in the sequence length N.
+        memory: Growth of memory beyond q, k, v and the output, in training.
+        key_mask: Whether what is masked is felt by nobody, is felt a little, or masks are refused.
         dropout: Where attention dropout applies.
         needs_max_len: It owns tensors or a horizon of size ``max_len``; longer input is refused.
         needs_hidden: It reads the layer's input as well as q, k and v.
@@ -38,7 +41,8 @@ class Capabilities:
 
     paper: str
     patterns: frozenset[Pattern] = frozenset({"self"})
-    growth: Literal["N", "N log N", "N^1.5", "N^2"] = "N"
+    time: Growth = "N"
+    memory: Growth = "N"
     key_mask: Literal["exact", "approximate", "none"] = "exact"
     dropout: Literal["weights", "none"] = "none"
     needs_max_len: bool = False
@@ -130,7 +134,8 @@ class Attention(nn.Module, abc.ABC):
             q: Queries (B, H, N, D).
             k: Keys (B, H, S, D).
             v: Values (B, H, S, E).
-            key_mask: Bool (B, S), True for a real token; holes are allowed. None: all real.
+            key_mask: Bool (B, S), True for a real token; holes are allowed. None: all real. What
+                stands under the mask is of no consequence as long as it is finite.
             causal: Query i sees keys j <= i only.
             hidden: The layer's input (B, N, model_dim), for mechanisms that need it.
 
@@ -205,17 +210,20 @@ class Attention(nn.Module, abc.ABC):
             dtype: That of the tokens; what is summed up is kept in float32 at least.
 
         Returns:
-            Tuples of tensors and numbers.
+            A tuple of tensors, whose first dimension is B, and of numbers.
 
         Raises:
             ValueError: If the mechanism has no recurrent form.
         """
-        raise ValueError(f"{self.name} has no recurrent form.")
+        self._check_recurrent()
+        return self.initial_state(batch, device, dtype)
 
     def step(
         self, q: Tensor, k: Tensor, v: Tensor, state: Any, hidden: Tensor | None = None
     ) -> tuple[Tensor, Any]:
         """Takes one token and returns what causal attention gives at its position.
+
+        For generation: gradients are not promised.
 
         Args:
             q: Query (B, H, 1, D).
@@ -228,10 +236,28 @@ class Attention(nn.Module, abc.ABC):
             The output (B, H, 1, E) and the next state.
 
         Raises:
-            ValueError: If the mechanism has no recurrent form, or after ``max_len`` tokens where
-                that is its limit.
+            ValueError: If the mechanism has no recurrent form, for shapes that are not those above,
+                or after ``max_len`` tokens where that is its limit.
         """
-        raise ValueError(f"{self.name} has no recurrent form.")
+        self._check_recurrent()
+        self._check(q, k, None, True, hidden)
+        batch = next(len(x) for x in state if isinstance(x, Tensor))
+        if (len(q), q.shape[2]) != (batch, 1) or v.shape[:-1] != k.shape[:-1]:
+            raise ValueError(
+                f"A step takes one token of each of the state's {batch} sequences, not queries of "
+                f"shape {tuple(q.shape)} and values of shape {tuple(v.shape)}."
+            )
+        return self.advance(q, k, v, state, hidden)
+
+    def initial_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> Any:
+        """Makes ``init_state``'s state; defined by mechanisms with a recurrent form."""
+        raise NotImplementedError
+
+    def advance(
+        self, q: Tensor, k: Tensor, v: Tensor, state: Any, hidden: Tensor | None
+    ) -> tuple[Tensor, Any]:
+        """Computes ``step`` on checked arguments; defined by mechanisms with a recurrent form."""
+        raise NotImplementedError
 
     def resample(self, generator: torch.Generator) -> None:
         """Draws new random features; nothing to do unless the mechanism is stochastic."""
@@ -240,6 +266,10 @@ class Attention(nn.Module, abc.ABC):
     def name(self) -> str:
         """The mechanism's name for messages."""
         return type(self).__name__
+
+    def _check_recurrent(self) -> None:
+        if not self.capabilities.recurrent:
+            raise ValueError(f"{self.name} has no recurrent form.")
 
     def _check(
         self, q: Tensor, k: Tensor, key_mask: Tensor | None, causal: bool, hidden: Tensor | None

@@ -5,8 +5,8 @@
 (eq. 8 to 10), split exactly by cos(a - b) = cos a cos b + sin a sin b into F = 2 D features.
 Cost O(N D E), causal too, with a recurrent state of 2 D (E + 1) numbers a head. The horizon M is
 each sequence's own length, its last real index + 1, so that padding and batch mates change
-nothing; for cross attention, the larger of the number of queries and the keys' own length; and
-``max_len`` where attention is causal, so that no future token is felt. The authors' code takes the
+nothing; the larger of the number of queries and the keys' own length where these numbers differ,
+as in cross attention; and ``max_len`` where attention is causal, so that no future token is felt. The authors' code takes the
 padded length and applies no padding mask at all; ``horizon=padded`` takes that length too, with
 the mask. The other similarities are the ablations of their Table 1; softmax similarity has no
 linear form and is quadratic.
@@ -55,13 +55,15 @@ class Cosformer(KernelAttention):
 
     @classmethod
     def capabilities_with(cls, config: Config) -> Capabilities:
-        """Narrows them for similarities that are not linear, or in which scales do not cancel."""
-        shift = frozenset({"position shift"})
+        """Narrows them for similarities that are not linear, scales that stay, a padded horizon."""
+        able = cls.capabilities
         if config.feature == "softmax":
-            return replace(cls.capabilities, growth="N^2", recurrent=False, identities=shift)
-        if not FEATURE_MAPS[config.feature].homogeneous:
-            return replace(cls.capabilities, identities=shift)
-        return cls.capabilities
+            able = replace(able, time="N^2", memory="N^2", recurrent=False)
+        if config.feature == "softmax" or not FEATURE_MAPS[config.feature].homogeneous:
+            able = replace(able, identities=frozenset({"position shift"}))
+        if config.horizon == "padded":
+            able = replace(able, key_mask="approximate")
+        return able
 
     @property
     def num_features(self) -> int:

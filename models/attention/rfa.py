@@ -12,8 +12,9 @@ g_t = sigmoid(w_g.x_t + b_g) of the layer's input x_t:
 
     S_t = g_t S_{t-1} + (1 - g_t) phi(k_t) v_t^T, z_t likewise, o_t = phi(q_t) S_t / phi(q_t).z_t
 
-Cost O(N D E), recurrent state 2 D (E + 1) numbers a head. In training each head takes one of a
-pool of matrices at every step; in evaluation it keeps one. Gaussian similarities and their sums
+For heads of d dimensions it costs O(N D (d + E)), with a recurrent state of F (E + 1) numbers a
+head, F = 2 D or D features. In training each head takes one of a pool of matrices at every step;
+in evaluation it keeps one. Gaussian similarities and their sums
 may be negative: the denominator keeps its sign and stays 1e-6 away from 0, while the public code
 bounds it by 1, which shrinks the first outputs of a causal sequence, or drops its sign.
 """
@@ -41,7 +42,7 @@ class RandomFeatureAttention(KernelAttention):
 
         Attributes:
             kernel: gaussian (estimates softmax) or arccos (the arc-cosine kernel of order 1).
-            projections: Random vectors D of a head; gaussian has 2 D features, arccos D.
+            projections: Random vectors D of a head; gaussian has 2 D features, arccos has D.
             normalise: Whether queries and keys are l2-normalised. If not, gaussian weighs keys by
                 exp(|k|^2 / (2 tau^2)) and estimates softmax still.
             tau: Standard deviation of the Gaussian kernel; softmax of q.k / tau^2.
@@ -133,7 +134,8 @@ class RandomFeatureAttention(KernelAttention):
             log_weight = k.square().sum(-1) / 2
         if self.config.gate:
             assert context.hidden is not None
-            logits = F.linear(context.hidden.to(q.dtype), self.gate.weight, self.gate.bias).mT
+            hidden, weight, bias = context.hidden, self.gate.weight, self.gate.bias
+            logits = F.linear(hidden.to(q.dtype), weight.to(q.dtype), bias.to(q.dtype)).mT
             log_decay, log_kept = F.logsigmoid(logits), F.logsigmoid(-logits)
             log_weight = log_kept if log_weight is None else log_weight + log_kept
         return Features(features(q @ matrices), features(k @ matrices), log_weight, log_decay)

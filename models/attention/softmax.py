@@ -43,7 +43,7 @@ class Softmax(Attention):
     capabilities = Capabilities(
         paper="Vaswani et al., NeurIPS 2017",
         patterns=frozenset({"self", "causal", "cross"}),
-        growth="N^2",
+        time="N^2",
         dropout="weights",
         recurrent=True,
         identities=frozenset({"permutation", "position shift", "key shift"}),
@@ -93,14 +93,14 @@ class Softmax(Attention):
             keep = keep & key_mask[:, None, None, :]
         return torch.where(keep, scores.masked_fill(~keep, -torch.inf).softmax(-1), 0.0)
 
-    def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> Cache:
+    def initial_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> Cache:
         """Returns an empty cache with memory for ``max_len`` keys."""
         size = (batch, self.num_heads, self.max_len)
         keys = torch.empty(*size, self.head_dim, device=device, dtype=dtype)
         return Cache(keys, keys.new_empty(*size, 0), 0)
 
-    def step(
-        self, q: Tensor, k: Tensor, v: Tensor, state: Cache, hidden: Tensor | None = None
+    def advance(
+        self, q: Tensor, k: Tensor, v: Tensor, state: Cache, hidden: Tensor | None
     ) -> tuple[Tensor, Cache]:
         """Attends to all tokens so far; the cache is written in place."""
         keys, values, length = state

@@ -16,10 +16,11 @@ from models.attention.engines.kernel import EPS
 from models.attention.engines.kernel_attention import Features
 from models.attention.linear import Linear
 from models.attention.rfa import RandomFeatureAttention
+from models.attention.softmax import Softmax
 
 ANY = frozenset({"self", "causal", "cross"})
 LINEAR = Capabilities(paper="none", patterns=ANY)
-QUADRATIC = Capabilities(paper="none", patterns=ANY, growth="N^2")
+QUADRATIC = Capabilities(paper="none", patterns=ANY, time="N^2", memory="N^2")
 
 
 def admissible(q, k, key_mask, causal):
@@ -93,7 +94,27 @@ class MeanWithoutKeys(Sound):
         return (q @ k.mT * q.shape[-1] ** -0.5 - 1e9 * ~keep).softmax(-1)
 
 
+class MaskIgnoredInTraining(Sound):
+    def matrix(self, q, k, key_mask, causal, hidden=None):
+        return super().matrix(q, k, None if self.training else key_mask, causal)
+
+
+class PaddedHorizon(Cosformer):
+    """The length of the padded batch as cosFormer's horizon, declared as if nobody felt it."""
+
+    def _horizon(self, q, k, context):
+        return super()._horizon(q, k, context._replace(key_mask=None))
+
+
 # What may not be felt
+
+
+class FutureFarAway(Sound):
+    """Right at the lengths that tests like."""
+
+    def similarity(self, q, k, keep):
+        far = k.shape[-2] > 300
+        return super().similarity(q, k / k.norm(dim=(-2, -1), keepdim=True) if far else k, keep)
 
 
 class FutureInMaximum(Sound):
@@ -148,6 +169,24 @@ class CombPattern(Comb):
 
     def attend(self, q, k, v, key_mask, causal, hidden):
         return self.matrix(q, k, key_mask, causal) @ v
+
+
+class WrongWhereValuesAreAsWideAsKeys(Linear):
+    def attend(self, q, k, v, key_mask, causal, hidden):
+        out = super().attend(q, k, v, key_mask, causal, hidden)
+        return out * 2 if v.shape[-1] == k.shape[-1] else out
+
+
+class DetachedPastAChunk(Linear):
+    def attend(self, q, k, v, key_mask, causal, hidden):
+        k = k.detach() if k.shape[-2] > 128 else k
+        return super().attend(q, k, v, key_mask, causal, hidden)
+
+
+class DetachedInFloat32(Linear):
+    def attend(self, q, k, v, key_mask, causal, hidden):
+        k = k.detach() if k.dtype == torch.float32 else k
+        return super().attend(q, k, v, key_mask, causal, hidden)
 
 
 class DetachedDenominator(Sound):
@@ -214,7 +253,35 @@ class PositionForgotten(Cosformer):
         return super().features(q, k, context._replace(start=0))
 
 
+class StateOutsideState(Linear):
+    """The state lives in the module: a second sequence goes on where the first is."""
+
+    def advance(self, q, k, v, state, hidden):
+        if state.position == 0:
+            self.state = state
+        out, self.state = super().advance(q, k, v, self.state, hidden)
+        return out, state._replace(position=state.position + 1)
+
+
+class StateInBfloat16(Linear):
+    def advance(self, q, k, v, state, hidden):
+        out, state = super().advance(q, k, v, state, hidden)
+        sums = state.sums.bfloat16() if v.dtype == torch.bfloat16 else state.sums
+        return out, state._replace(sums=sums.to(state.sums.dtype))
+
+
 # Random draws, and what is kept
+
+
+class DropoutInEvaluation(Sound):
+    capabilities = replace(QUADRATIC, dropout="weights")
+
+    def attend(self, q, k, v, key_mask, causal, hidden):
+        return F.dropout(super().attend(q, k, v, key_mask, causal, hidden), self.dropout)
+
+
+class DropoutForgotten(Sound):
+    capabilities = replace(QUADRATIC, dropout="weights")
 
 
 class DrawsInEvaluation(RandomFeatureAttention):
@@ -263,6 +330,21 @@ class OuterProducts(Linear):
         return (sums[..., :-1] / sums[..., -1:].clamp_min(EPS)).to(v.dtype)
 
 
+class QuadraticTime(Softmax):
+    """Fused: linear in memory, and not in time."""
+
+    capabilities = replace(Softmax.capabilities, time="N")
+
+
+class UselessParameters(Sound):
+    def __init__(self, config, **sizes):
+        super().__init__(config, **sizes)
+        self.table = nn.Parameter(torch.zeros(3))
+
+    def cost(self, n, s):
+        return replace(super().cost(n, s), parameters=3)
+
+
 class HiddenParameters(Sound):
     def __init__(self, config, **sizes):
         super().__init__(config, **sizes)
@@ -273,12 +355,12 @@ class HiddenParameters(Sound):
 
 
 class LargerState(Linear):
-    def init_state(self, batch, device, dtype):
-        state = super().init_state(batch, device, dtype)
+    def initial_state(self, batch, device, dtype):
+        state = super().initial_state(batch, device, dtype)
         return state._replace(top=torch.zeros(batch, self.num_heads, 1))
 
-    def step(self, q, k, v, state, hidden=None):
-        out, following = super().step(q, k, v, state._replace(top=None), hidden)
+    def advance(self, q, k, v, state, hidden):
+        out, following = super().advance(q, k, v, state._replace(top=None), hidden)
         return out, following._replace(top=state.top)
 
 
@@ -305,24 +387,36 @@ MUTANTS = {
     MaskIgnored: {"T3 masked tokens change nothing", "T5 no key gives zero"},
     MaskOnValuesOnly: {"T3 masked tokens change nothing"},
     PaddingInDenominator: {"T3 masked tokens change nothing"},
+    MaskIgnoredInTraining: {"T3 masked tokens change nothing"},
+    PaddedHorizon: {"T3 masked tokens change nothing", "T4 batch mates change nothing"},
     NaNWithoutKeys: {"T5 no key gives zero"},
     MeanWithoutKeys: {"T5 no key gives zero"},
     FutureInMaximum: {"T2 no future is felt"},
+    FutureFarAway: {"T2 no future is felt"},
     BatchNorm: {"T4 batch mates change nothing"},
     WrongScale: {"T1 output is weights @ values"},
     Comb: {"T1 output is weights @ values"},
     CombPattern: {"T3 masked tokens change nothing"},
-    DetachedDenominator: {"T11 gradients"},
+    WrongWhereValuesAreAsWideAsKeys: {"T1 output is weights @ values"},
+    DetachedPastAChunk: {"T11 gradients of both forms"},
+    DetachedInFloat32: {"T11 float32 gradients of both"},
+    DetachedDenominator: {"T11 gradients are derivatives"},
     ReducedPrecision: {"T1 float32 is float64"},
     BreaksUnderAutocast: {"T1 bf16 is float64"},
     PositionsInTokenDtype: {"T1 long bf16 sequences"},
     Float16Table: {"T9 position shift"},
     PositionForgotten: {"T6 recurrent is causal"},
+    StateOutsideState: {"T6 recurrent is causal"},
+    StateInBfloat16: {"T6 bf16 steps are float64"},
+    DropoutInEvaluation: {"T7 evaluation is deterministic"},
+    DropoutForgotten: {"T7 evaluation is deterministic"},
     DrawsInEvaluation: {"T7 evaluation is deterministic"},
     DrawsWithoutGenerator: {"T7 evaluation is deterministic"},
     NeverDraws: {"T7 evaluation is deterministic"},
     TableOutsideState: {"T7 evaluation is deterministic"},
-    QuadraticMemory: {"T12 memory growth"},
+    QuadraticMemory: {"T12 growth of memory"},
+    QuadraticTime: {"T12 growth of operations"},
+    UselessParameters: {"T11 gradients are derivatives"},
     OuterProducts: {"T12 causal memory"},
     HiddenParameters: {"T13 declared sizes"},
     LargerState: {"T13 declared sizes"},

@@ -182,7 +182,7 @@ def test_the_declared_operations_are_those_counted(mechanism, n, s):
 def test_the_declared_cost_grows_as_the_capabilities_say(mechanism):
     attention = build(mechanism)
     growth = attention.cost(2**20, 2**20).flops / attention.cost(2**18, 2**18).flops
-    exponent = {"N": 1, "N log N": 1, "N^1.5": 1.5, "N^2": 2}[capabilities(mechanism).growth]
+    exponent = {"N": 1, "N log N": 1, "N^1.5": 1.5, "N^2": 2}[capabilities(mechanism).time]
     assert growth == pytest.approx(4**exponent, rel=0.15)
 
 
@@ -194,7 +194,7 @@ def test_the_operations_of_causal_attention_grow_as_the_capabilities_say(mechani
         arguments = {"n": n, "dtype": torch.float32, "batch": 1, "heads": 1}
         qkv, more = call(mechanism, "causal", **arguments)
         operations.append(counted(attention, *qkv, **more))
-    exponent = {"N": 1, "N log N": 1, "N^1.5": 1.5, "N^2": 2}[capabilities(mechanism).growth]
+    exponent = {"N": 1, "N log N": 1, "N^1.5": 1.5, "N^2": 2}[capabilities(mechanism).time]
     assert operations[1] / operations[0] == pytest.approx(4**exponent, rel=0.15)
 
 
@@ -351,6 +351,15 @@ def test_a_mechanism_without_a_recurrent_form_says_so():
         attention.init_state(3, torch.device("cpu"), torch.float32)
     with pytest.raises(ValueError, match=r"^Mean has no recurrent form\.$"):
         attention.step(*inputs(1), None)
+
+
+def test_a_step_takes_one_token_of_each_sequence_of_its_state():
+    attention = build("linear")
+    state = attention.init_state(3, torch.device("cpu"), torch.float64)
+    for wrong in (inputs(2), inputs(1, batch=1), (*inputs(1)[:2], inputs(2)[2])):
+        with pytest.raises(ValueError, match=r"one token of each of the state's 3 sequences"):
+            attention.step(*wrong, state)
+    attention.step(*inputs(1), state)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

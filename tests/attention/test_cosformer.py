@@ -314,9 +314,9 @@ def test_softmax_similarity_alone_is_quadratic_and_has_no_recurrent_form(feature
     able, attention = capabilities(cosformer_named(feature)), cosformer(feature=feature)
     assert attention.capabilities == able
     if feature != "softmax":
-        assert (able.growth, able.recurrent) == ("N", True)
+        assert (able.time, able.memory, able.recurrent) == ("N", "N", True)
         return
-    assert (able.growth, able.recurrent) == ("N^2", False)
+    assert (able.time, able.memory, able.recurrent) == ("N^2", "N^2", False)
     assert attention.cost(9, 9).state_floats == 0
     assert attention.cost(18, 18).flops == 4 * attention.cost(9, 9).flops
     with pytest.raises(ValueError, match=r"^Cosformer has no recurrent form\.$"):

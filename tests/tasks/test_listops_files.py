@@ -91,8 +91,13 @@ def sources(split):
 
 
 def told(captured):
-    """Returns the lines on standard error, progress bars apart."""
-    return [line for line in captured.err.splitlines() if line and "ListOps files:" not in line]
+    """Returns the lines on standard error, apart from progress bars and the line on few rows."""
+    usual = ("ListOps files:", "These are not the released ListOps files:")
+    return [
+        line
+        for line in captured.err.splitlines()
+        if line and not any(text in line for text in usual)
+    ]
 
 
 # What is read
@@ -394,6 +399,39 @@ def test_once_prepared_the_files_are_no_longer_needed(task):
     task.prepare()
     shutil.rmtree(task.data_dir)
     assert task.prepare().splits["test"].labels.tolist() == [7, 9, 3]
+
+
+def test_other_files_than_before_are_read_again(task, capsys):
+    task.prepare()
+    path = put(task.data_dir / "listops", train=content([*ROWS, "5\t5"])) / "basic_train.tsv"
+    assert task.state() == ("damaged", f"{path} has 103 bytes, not 98")
+    assert len(task.prepare().splits["train"]) == 4
+    assert "data is rebuilt" in capsys.readouterr().err
+
+
+def test_other_files_of_the_same_size_are_noticed_where_contents_are_compared(task):
+    task.prepare()
+    path = put(task.data_dir / "listops", val=content([*ROWS[:2], ROWS[2][:-1] + "4"]))
+    assert task.state()[0] == "found"
+    state, reason = task.state(hashes=True)
+    assert (state, reason) == (
+        "damaged",
+        f"{path / 'basic_val.tsv'} has not the content that it had then",
+    )
+
+
+def test_other_numbers_of_rows_than_released_are_told(task, capsys):
+    task.prepare()
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "not the released" in line]
+    assert "train has 3 rows, not 96,000, val has 3 rows, not 2,000" in line
+
+
+def test_a_folder_in_the_place_of_a_file_is_a_missing_file(task):
+    path = task.data_dir / "listops" / "basic_val.tsv"
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(ValueError, match=r"but no basic_val.tsv"):
+        task.prepare()
 
 
 def test_official_and_generated_data_are_kept_apart(task):

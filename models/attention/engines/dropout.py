@@ -58,6 +58,7 @@ class _Block(NamedTuple):
 
     group: slice
     rows: slice
+    keys: slice
     q: Tensor
     k: Tensor
     weights: Tensor
@@ -90,11 +91,12 @@ class _Blocks:
             group = slice(first, first + MATRICES)
             for row in range(0, n, self.rows):
                 rows = slice(row, row + self.rows)
-                q, k = self.q[group, rows], self.k[group]
+                keys = slice(0, row + self.rows if self.causal else s)
+                q, k = self.q[group, rows], self.k[group, keys]
                 if self.bias is None:
                     scores = q @ k.transpose(1, 2)
                 else:
-                    scores = torch.baddbmm(self.bias[group], q, k.transpose(1, 2))
+                    scores = torch.baddbmm(self.bias[group, :, keys], q, k.transpose(1, 2))
                 if self.causal:
                     future = torch.ones(scores.shape[1:], dtype=torch.bool).triu(row + 1)
                     scores.masked_fill_(future, -torch.inf)
@@ -103,7 +105,7 @@ class _Blocks:
                     # Rows that see no key are NaN.
                     last = torch.arange(row, row + q.shape[1])[:, None] if self.causal else s - 1
                     weights.masked_fill_(self.first[group] > last, 0.0)
-                yield _Block(group, rows, q, k, weights, self.draws.keep(scores))
+                yield _Block(group, rows, keys, q, k, weights, self.draws.keep(scores))
 
 
 class _SoftmaxDropout(torch.autograd.Function):
@@ -121,7 +123,7 @@ class _SoftmaxDropout(torch.autograd.Function):
         values = v.to(blocks.q.dtype).reshape(-1, *v.shape[-2:])
         out = values.new_empty(values.shape[0], q.shape[-2], values.shape[-1])
         for b in blocks:
-            out[b.group, b.rows] = b.weights.mul_(b.keep) @ values[b.group]
+            out[b.group, b.rows] = b.weights.mul_(b.keep) @ values[b.group, b.keys]
         out = out.mul_(draws.scale).view(*q.shape[:-1], v.shape[-1]).to(v.dtype)
         ctx.save_for_backward(q, k, v, bias, out)
         ctx.causal, ctx.p, ctx.seed = causal, draws.p, draws.seed
@@ -142,11 +144,11 @@ class _SoftmaxDropout(torch.autograd.Function):
         grad_k, grad_v = (x.new_zeros(x.transpose(1, 2).shape) for x in (blocks.k, values))
         for b in blocks:
             grad_out = grad[b.group, b.rows]
-            grad_weights = (grad_out @ values[b.group].transpose(1, 2)).mul_(b.keep)
+            grad_weights = (grad_out @ values[b.group, b.keys].transpose(1, 2)).mul_(b.keep)
             grad_scores = grad_weights.sub_(row_sums[b.group, b.rows]).mul_(b.weights)
-            grad_v[b.group].baddbmm_(grad_out.transpose(1, 2), b.weights.mul_(b.keep))
+            grad_v[b.group, :, b.keys].baddbmm_(grad_out.transpose(1, 2), b.weights.mul_(b.keep))
             grad_q[b.group, b.rows] = grad_scores @ b.k
-            grad_k[b.group].baddbmm_(b.q.transpose(1, 2), grad_scores)
+            grad_k[b.group, :, b.keys].baddbmm_(b.q.transpose(1, 2), grad_scores)
         gradients = (grad_q.mul_(q.shape[-1] ** -0.5), grad_k.mT, grad_v.mT)
         pairs = zip(gradients, (q, k, v), strict=True)
         return (*(g.reshape(x.shape).to(x.dtype) for g, x in pairs), None, None, None)

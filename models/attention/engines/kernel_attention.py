@@ -137,10 +137,8 @@ class KernelAttention(Attention, abc.ABC):
                 similarity = similarity.tril()
             return similarity / guard(similarity.sum(-1, keepdim=True), self.signed)
 
-    def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> State:
+    def initial_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> State:
         """Returns the state before the first token; its size does not depend on the length."""
-        if not self.capabilities.recurrent:
-            return super().init_state(batch, device, dtype)
         dtype = torch.promote_types(dtype, torch.float32)
         sums = torch.zeros(batch, self.num_heads, self.num_features, 1, device=device, dtype=dtype)
         top = None
@@ -148,12 +146,10 @@ class KernelAttention(Attention, abc.ABC):
             top = sums.new_full((batch, self.num_heads, 1), LOWEST)
         return State(sums, top, 0)
 
-    def step(
-        self, q: Tensor, k: Tensor, v: Tensor, state: State, hidden: Tensor | None = None
+    def advance(
+        self, q: Tensor, k: Tensor, v: Tensor, state: State, hidden: Tensor | None
     ) -> tuple[Tensor, State]:
         """Adds one token to the sums and divides; constant time and memory."""
-        if not self.capabilities.recurrent:
-            return super().step(q, k, v, state, hidden)
         if self.capabilities.needs_max_len and state.position >= self.max_len:
             raise ValueError(f"{self.name} takes {self.max_len} positions, and all are used.")
         with torch.autocast(q.device.type, enabled=False):
@@ -215,7 +211,7 @@ def _causal_unit(
         S_i / exp(m_i) = exp(m_{i-1} + g_i - m_i) S_{i-1} / exp(m_{i-1}) + exp(w_i - m_i) x_i,
 
     whose exponents are at most 0 but for the rounding of sums of g. The unit cancels in the
-    normalisation, whatever its rounding, so it has no gradient.
+    normalisation, so it has no gradient.
 
     Args:
         log_weight: w (B, H, N).
