@@ -6,10 +6,10 @@
 Cost O(N D E), causal too, with a recurrent state of 2 D (E + 1) numbers a head. The horizon M is
 each sequence's own length, its last real index + 1, so that padding and batch mates change
 nothing; the larger of the number of queries and the keys' own length where these numbers differ,
-as in cross attention; and ``max_len`` where attention is causal, so that no future token is felt. The authors' code takes the
-padded length and applies no padding mask at all; ``horizon=padded`` takes that length too, with
-the mask. The other similarities are the ablations of their Table 1; softmax similarity has no
-linear form and is quadratic.
+as in cross attention; and ``max_len`` where attention is causal, so that no future token is felt.
+The authors' code takes the padded length and applies no padding mask at all; ``horizon=padded``
+takes that length too, with the mask. The other similarities are the ablations of their Table 1;
+softmax similarity has no linear form and is quadratic.
 """
 
 import math
