@@ -125,6 +125,8 @@ def _run(name: str, function: Callable[[Subject], Worst], subject: Subject) -> R
     except Exception as error:  # whatever the attention under test does
         told = str(error).strip().partition("\n")[0]
         return Result(name, "fail", detail=f"{type(error).__name__}: {told}")
+    if not worst.where:
+        return Result(name, "n/a", detail="it has no form that this looks at")
     outcome = "fail" if worst.error > worst.tolerance else "pass"
     return Result(name, outcome, worst.error, worst.tolerance, worst.where)
 
@@ -218,7 +220,6 @@ def long_sequences_lose_nothing(subject: Subject) -> Worst:
         # All that is summed up: for weights that are a distribution, the output itself.
         summed = weights.abs() @ reference.v.abs()
         worst.compare(out, weights @ reference.v, summed, f"{pattern}, N={n}")
-    _needs(worst.where != "", "no self attention")
     return worst
 
 
@@ -499,6 +500,7 @@ def gradients_are_derivatives(subject: Subject) -> Worst:
     """Against central differences along random directions, of each input and parameter."""
     worst = Worst(DERIVATIVE)
     attention = subject.build(3, heads=1)
+    useless = dict(attention.named_parameters())
     for where, call in subject.calls(attention, (6,), ((4, 6),)):
         call = call.similar()
         leaves = {"q": call.q, "k": call.k, "v": call.v}
@@ -506,21 +508,22 @@ def gradients_are_derivatives(subject: Subject) -> Worst:
             leaves["hidden"] = call.hidden
         for leaf in leaves.values():
             leaf.requires_grad_()
-        parameters = dict(attention.named_parameters())
-        leaves |= parameters
+        leaves |= dict(attention.named_parameters())
         generator = torch.Generator().manual_seed(4)
         out = call.out()
         to = torch.randn(out.shape, generator=generator, dtype=out.dtype)
         gradients = torch.autograd.grad((out * to).sum(), list(leaves.values()), allow_unused=True)
         for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
-            if name in parameters and (gradient is None or not bool(gradient.any())):
-                worst.note(math.inf, f"{where}: {name} has no gradient")
             gradient = torch.zeros_like(leaf) if gradient is None else gradient
+            if bool(gradient.any()):
+                useless.pop(name, None)
             direction = torch.randn(leaf.shape, generator=generator, dtype=leaf.dtype)
             expected = _derivative(call, leaf.data, direction, to)
             size = max(1.0, abs(expected), float(gradient.norm() * direction.norm()))
             error = abs(float((gradient * direction).sum()) - expected) / size
             worst.note(error, f"{where}: {name}")
+    for name in useless:
+        worst.note(math.inf, f"{name} never has a gradient")
     return worst
 
 
@@ -585,7 +588,6 @@ def memory_grows_as_declared(subject: Subject) -> Worst:
             causal = pattern == "causal"
             small, large = (_training_peak(subject, n, 16, causal) for n in (1024, 4096))
             worst.note(math.log(large / small, 4), f"{pattern}, declared {subject.able.memory}")
-    _needs(worst.where != "", "no self attention")
     return worst
 
 
@@ -598,7 +600,6 @@ def operations_grow_as_declared(subject: Subject) -> Worst:
             small, large = (_operations(subject, n, causal) for n in (1024, 4096))
             if small:
                 worst.note(math.log(large / small, 4), f"{pattern}, declared {subject.able.time}")
-    _needs(worst.where != "", "no self attention with products that are counted")
     return worst
 
 

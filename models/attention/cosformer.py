@@ -38,8 +38,9 @@ class Cosformer(KernelAttention):
         Attributes:
             feature: The similarity that the cosine re-weights: phi(q).phi(k), or that of softmax,
                 exp(q.k / sqrt(D)), which is quadratic.
-            horizon: M of bidirectional and cross attention: each sequence's own length, or the
-                padded length of the batch, as published, with which padding changes results.
+            horizon: M of bidirectional and cross attention: each sequence's own length, or, as
+                published, the padded length of what is computed at once, with which padding and
+                the number of micro-batches change results.
         """
 
         feature: Literal[feature_maps.Name, "softmax"] = "relu"
