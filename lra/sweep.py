@@ -43,7 +43,8 @@ def sweep(overrides: Sequence[str]) -> int:
     arguments, sys.argv = sys.argv, ["lra", "--multirun", *overrides]
     # Without this, Hydra prints and swallows what a job raises.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    ends = (signal.SIGTERM, signal.SIGHUP)
+    # SIGINT too: a shell starts background jobs with it ignored.
+    ends = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     previous = {number: signal.signal(number, signal.default_int_handler) for number in ends}
     stopped = False
     try:

@@ -133,7 +133,12 @@ def test_a_run_killed_in_a_sweep_is_recorded_and_the_next_one_runs(tmp_path, cac
 
 def test_ctrl_c_in_a_sweep_saves_the_run_and_ends_the_sweep(tmp_path, cache, environment):
     overrides = long_run(tmp_path, cache)
-    sweep = start(["-m", *overrides, "seed=0,1"], environment, tmp_path)
+    # As shells start background jobs: with the signal ignored.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        sweep = start(["-m", *overrides, "seed=0,1"], environment, tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, before)
     first = folder_of([*overrides, "seed=0"])
     wait_for_lines(first / "metrics.jsonl", 2, sweep)
     sweep.send_signal(signal.SIGINT)
