@@ -141,8 +141,8 @@ def _needs_identity(subject: Subject, identity: str) -> None:
 
 
 def _needs_exact_masks(subject: Subject) -> None:
-    declared = {"approximate": "masks are approximate", "none": "masks are refused"}
-    _needs(subject.able.key_mask == "exact", declared.get(subject.able.key_mask, ""))
+    _needs(subject.able.key_mask != "approximate", "masks are approximate")
+    _needs(subject.able.key_mask != "none", "masks are refused")
 
 
 # --- T1: the fast form is the quadratic form -----------------------------------------------------

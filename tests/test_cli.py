@@ -45,11 +45,11 @@ from models.attention.linear import Linear
 
 @register_attention("forgetful")
 class Forgetful(Linear):
-    def attend(self, q, k, v, key_mask, causal, hidden):
-        return super().attend(q, k, v, None, causal, hidden)
+    def attend(self, q, k, v, context):
+        return super().attend(q, k, v, context._replace(key_mask=None))
 
-    def matrix(self, q, k, key_mask, causal, hidden):
-        return super().matrix(q, k, None, causal, hidden)
+    def matrix(self, q, k, context):
+        return super().matrix(q, k, context._replace(key_mask=None))
 """
 
 HEAVY = ("torch", "hydra", "omegaconf", "wandb", "datasets", "pandas", "numpy")

@@ -5,7 +5,7 @@ Shapes: B batch, H heads, N queries, S keys, D query and key dimension, E value 
 
 import abc
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +73,22 @@ class Cost:
 @dataclass(frozen=True)
 class NoOptions:
     """The options of a mechanism that has none."""
+
+
+class Context(NamedTuple):
+    """What attention depends on beside q, k and v.
+
+    Attributes:
+        key_mask: Bool (B, S), True for real tokens.
+        causal: Whether query i sees keys j <= i only; always so in the recurrent form.
+        hidden: The layer's input (B, N, model_dim), where the mechanism needs it.
+        start: Position of the first token: 0, or that of the one token of a recurrent step.
+    """
+
+    key_mask: Tensor | None
+    causal: bool
+    hidden: Tensor | None
+    start: int = 0
 
 
 class Attention(nn.Module, abc.ABC):
@@ -154,18 +170,10 @@ class Attention(nn.Module, abc.ABC):
             )
         if k.shape[-2] == 0:
             return v.new_zeros(*q.shape[:-1], v.shape[-1])
-        return self.attend(q, k, v, key_mask, causal, hidden)
+        return self.attend(q, k, v, Context(key_mask, causal, hidden))
 
     @abc.abstractmethod
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        key_mask: Tensor | None,
-        causal: bool,
-        hidden: Tensor | None,
-    ) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         """Computes ``forward`` on checked arguments."""
 
     def weights(
@@ -184,17 +192,10 @@ class Attention(nn.Module, abc.ABC):
         self._check(q, k, key_mask, causal, hidden)
         if k.shape[-2] == 0:
             return q.new_zeros(*q.shape[:-1], 0)
-        return self.matrix(q, k, key_mask, causal, hidden)
+        return self.matrix(q, k, Context(key_mask, causal, hidden))
 
     @abc.abstractmethod
-    def matrix(
-        self,
-        q: Tensor,
-        k: Tensor,
-        key_mask: Tensor | None,
-        causal: bool,
-        hidden: Tensor | None,
-    ) -> Tensor:
+    def matrix(self, q: Tensor, k: Tensor, context: Context) -> Tensor:
         """Computes ``weights`` on checked arguments; written for clarity."""
 
     @abc.abstractmethod
@@ -251,13 +252,13 @@ class Attention(nn.Module, abc.ABC):
 
     def initial_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> Any:
         """Makes ``init_state``'s state; defined by mechanisms with a recurrent form."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{self.name} is declared recurrent: define initial_state.")
 
     def advance(
         self, q: Tensor, k: Tensor, v: Tensor, state: Any, hidden: Tensor | None
     ) -> tuple[Tensor, Any]:
         """Computes ``step`` on checked arguments; defined by mechanisms with a recurrent form."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{self.name} is declared recurrent: define advance.")
 
     def resample(self, generator: torch.Generator) -> None:
         """Draws new random features; nothing to do unless the mechanism is stochastic."""

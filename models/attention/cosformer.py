@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from models.attention import register_attention
-from models.attention.base import Capabilities, Cost, at_least_float32, own_lengths
+from models.attention.base import Capabilities, Context, Cost, at_least_float32, own_lengths
 from models.attention.engines import feature_maps
 from models.attention.engines.feature_maps import FEATURE_MAPS
 from models.attention.engines.kernel import guard
-from models.attention.engines.kernel_attention import Context, Features, KernelAttention
+from models.attention.engines.kernel_attention import Features, KernelAttention
 
 
 @register_attention("cosformer")
@@ -82,35 +82,20 @@ class Cosformer(KernelAttention):
         horizon = self._horizon(q, k, context)
         return Features(*(_reweighted(phi(x), _angles(x, horizon, context.start)) for x in (q, k)))
 
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        key_mask: Tensor | None,
-        causal: bool,
-        hidden: Tensor | None,
-    ) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         """Computes the attention; in linear time unless the similarity is that of softmax."""
         if self.config.feature != "softmax":
-            return super().attend(q, k, v, key_mask, causal, hidden)
+            return super().attend(q, k, v, context)
         with torch.autocast(q.device.type, enabled=False):
-            weights = self._softmax_weights(q, k, Context(key_mask, causal, hidden))
+            weights = self._softmax_weights(q, k, context)
             return (weights @ at_least_float32(v)).to(v.dtype)
 
-    def matrix(
-        self,
-        q: Tensor,
-        k: Tensor,
-        key_mask: Tensor | None,
-        causal: bool,
-        hidden: Tensor | None,
-    ) -> Tensor:
+    def matrix(self, q: Tensor, k: Tensor, context: Context) -> Tensor:
         """Returns the row-normalised similarities (B, H, N, S)."""
         if self.config.feature != "softmax":
-            return super().matrix(q, k, key_mask, causal, hidden)
+            return super().matrix(q, k, context)
         with torch.autocast(q.device.type, enabled=False):
-            return self._softmax_weights(q, k, Context(key_mask, causal, hidden))
+            return self._softmax_weights(q, k, context)
 
     def cost(self, n: int, s: int) -> Cost:
         """As the engine's; with softmax similarity two N x S products, and the N x S weights."""

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from models.attention import register_attention
-from models.attention.base import Capabilities
+from models.attention.base import Capabilities, Context
 from models.attention.engines import feature_maps
 from models.attention.engines.feature_maps import FEATURE_MAPS
-from models.attention.engines.kernel_attention import Context, Features, KernelAttention
+from models.attention.engines.kernel_attention import Features, KernelAttention
 
 
 @register_attention("linear")

@@ -28,8 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention import register_attention
-from models.attention.base import Capabilities, Cost
-from models.attention.engines.kernel_attention import Context, Features, KernelAttention
+from models.attention.base import Capabilities, Context, Cost
+from models.attention.engines.kernel_attention import Features, KernelAttention
 
 
 @register_attention("rfa")

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from models.attention import register_attention
-from models.attention.base import Attention, Capabilities, Cost
+from models.attention.base import Attention, Capabilities, Context, Cost
 from models.attention.engines.dropout import softmax_dropout_attention
 
 MASKED_ROWS = 128
@@ -49,16 +49,9 @@ class Softmax(Attention):
         identities=frozenset({"permutation", "position shift", "key shift"}),
     )
 
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        key_mask: Tensor | None,
-        causal: bool,
-        hidden: Tensor | None,
-    ) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         """Computes fused attention."""
+        key_mask, causal = context.key_mask, context.causal
         dropout = self.dropout if self.training else 0.0
         if dropout and q.device.type == "cpu":
             return softmax_dropout_attention(q, k, v, key_mask, dropout, causal)
@@ -76,21 +69,14 @@ class Softmax(Attention):
         ]
         return torch.cat(outputs, -2)
 
-    def matrix(
-        self,
-        q: Tensor,
-        k: Tensor,
-        key_mask: Tensor | None,
-        causal: bool,
-        hidden: Tensor | None,
-    ) -> Tensor:
+    def matrix(self, q: Tensor, k: Tensor, context: Context) -> Tensor:
         """Returns softmax(q k^T / sqrt(D)) over the admissible keys, 0 where there is none."""
         scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
         keep = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device)
-        if causal:
+        if context.causal:
             keep = keep.tril()
-        if key_mask is not None:
-            keep = keep & key_mask[:, None, None, :]
+        if context.key_mask is not None:
+            keep = keep & context.key_mask[:, None, None, :]
         return torch.where(keep, scores.masked_fill(~keep, -torch.inf).softmax(-1), 0.0)
 
     def initial_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> Cache:

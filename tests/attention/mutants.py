@@ -23,11 +23,12 @@ LINEAR = Capabilities(paper="none", patterns=ANY)
 QUADRATIC = Capabilities(paper="none", patterns=ANY, time="N^2", memory="N^2")
 
 
-def admissible(q, k, key_mask, causal):
+def admissible(q, k, context):
     """Returns which keys a query may see, (B, 1, N, S)."""
     keep = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool)
-    keep = keep.tril() if causal else keep
-    return keep[None, None] if key_mask is None else keep & key_mask[:, None, None, :]
+    keep = keep.tril() if context.causal else keep
+    mask = context.key_mask
+    return keep[None, None] if mask is None else keep & mask[:, None, None, :]
 
 
 class Sound(Attention):
@@ -42,15 +43,15 @@ class Sound(Attention):
     def total(self, similarity):
         return similarity.sum(-1, keepdim=True).clamp_min(EPS)
 
-    def matrix(self, q, k, key_mask, causal, hidden=None):
+    def matrix(self, q, k, context):
         with torch.autocast("cpu", enabled=False):
             q, k = at_least_float32(q), at_least_float32(k)
-            similarity = self.similarity(q, k, admissible(q, k, key_mask, causal))
+            similarity = self.similarity(q, k, admissible(q, k, context))
             return similarity / self.total(similarity)
 
-    def attend(self, q, k, v, key_mask, causal, hidden):
+    def attend(self, q, k, v, context):
         with torch.autocast("cpu", enabled=False):
-            return (self.matrix(q, k, key_mask, causal) @ at_least_float32(v)).to(v.dtype)
+            return (self.matrix(q, k, context) @ at_least_float32(v)).to(v.dtype)
 
     def cost(self, n, s):
         return Cost(flops=0, activation_bytes=0, parameters=0, state_floats=0)
@@ -60,16 +61,16 @@ class Sound(Attention):
 
 
 class MaskIgnored(Sound):
-    def matrix(self, q, k, key_mask, causal, hidden=None):
-        return super().matrix(q, k, None, causal)
+    def matrix(self, q, k, context):
+        return super().matrix(q, k, context._replace(key_mask=None))
 
 
 class MaskOnValuesOnly(Linear):
     """phi(0) = 1 of masked keys stays in the denominator."""
 
-    def attend(self, q, k, v, key_mask, causal, hidden):
-        real = True if key_mask is None else key_mask[:, None, :, None]
-        return super().attend(q, k, v * real, None, causal, hidden)
+    def attend(self, q, k, v, context):
+        real = True if context.key_mask is None else context.key_mask[:, None, :, None]
+        return super().attend(q, k, v * real, context._replace(key_mask=None))
 
 
 class PaddingInDenominator(Sound):
@@ -95,8 +96,8 @@ class MeanWithoutKeys(Sound):
 
 
 class MaskIgnoredInTraining(Sound):
-    def matrix(self, q, k, key_mask, causal, hidden=None):
-        return super().matrix(q, k, None if self.training else key_mask, causal)
+    def matrix(self, q, k, context):
+        return super().matrix(q, k, context._replace(key_mask=None) if self.training else context)
 
 
 class PaddedHorizon(Cosformer):
@@ -138,8 +139,8 @@ class BatchNorm(Sound):
 
 
 class WrongScale(Sound):
-    def attend(self, q, k, v, key_mask, causal, hidden):
-        return super().attend(q * q.shape[-1] ** -0.5, k, v, key_mask, causal, hidden)
+    def attend(self, q, k, v, context):
+        return super().attend(q * q.shape[-1] ** -0.5, k, v, context)
 
 
 class Comb(Sound):
@@ -150,15 +151,15 @@ class Comb(Sound):
     def pattern(self, n):
         return torch.arange(n) // 8
 
-    def matrix(self, q, k, key_mask, causal, hidden=None):
+    def matrix(self, q, k, context):
         group = self.pattern(q.shape[-2])
-        similarity = self.similarity(q, k, admissible(q, k, key_mask, causal))
+        similarity = self.similarity(q, k, admissible(q, k, context))
         similarity = similarity * (group[:, None] == group)
         return similarity / self.total(similarity)
 
-    def attend(self, q, k, v, key_mask, causal, hidden):
+    def attend(self, q, k, v, context):
         comb = CombPattern(self.config, num_heads=2, head_dim=8, max_len=8, model_dim=8)
-        return comb.matrix(q, k, key_mask, causal) @ v
+        return comb.matrix(q, k, context) @ v
 
 
 class CombPattern(Comb):
@@ -167,26 +168,26 @@ class CombPattern(Comb):
     def pattern(self, n):
         return torch.arange(n) % math.ceil(n / 8)
 
-    def attend(self, q, k, v, key_mask, causal, hidden):
-        return self.matrix(q, k, key_mask, causal) @ v
+    def attend(self, q, k, v, context):
+        return self.matrix(q, k, context) @ v
 
 
 class WrongWhereValuesAreAsWideAsKeys(Linear):
-    def attend(self, q, k, v, key_mask, causal, hidden):
-        out = super().attend(q, k, v, key_mask, causal, hidden)
+    def attend(self, q, k, v, context):
+        out = super().attend(q, k, v, context)
         return out * 2 if v.shape[-1] == k.shape[-1] else out
 
 
 class DetachedPastAChunk(Linear):
-    def attend(self, q, k, v, key_mask, causal, hidden):
+    def attend(self, q, k, v, context):
         k = k.detach() if k.shape[-2] > 128 else k
-        return super().attend(q, k, v, key_mask, causal, hidden)
+        return super().attend(q, k, v, context)
 
 
 class DetachedInFloat32(Linear):
-    def attend(self, q, k, v, key_mask, causal, hidden):
+    def attend(self, q, k, v, context):
         k = k.detach() if k.dtype == torch.float32 else k
-        return super().attend(q, k, v, key_mask, causal, hidden)
+        return super().attend(q, k, v, context)
 
 
 class DetachedDenominator(Sound):
@@ -195,29 +196,29 @@ class DetachedDenominator(Sound):
 
 
 class ReducedPrecision(Linear):
-    def attend(self, q, k, v, key_mask, causal, hidden):
+    def attend(self, q, k, v, context):
         reduced = (x.bfloat16() for x in (q, k, v))
-        return super().attend(*reduced, key_mask, causal, hidden).to(v.dtype)
+        return super().attend(*reduced, context).to(v.dtype)
 
 
 class BreaksUnderAutocast(Sound):
     """Weights in float32 times values in bf16."""
 
-    def attend(self, q, k, v, key_mask, causal, hidden):
+    def attend(self, q, k, v, context):
         with torch.autocast("cpu", enabled=False):
-            return self.matrix(q, k, key_mask, causal) @ v
+            return self.matrix(q, k, context) @ v
 
 
 class PositionsInTokenDtype(Cosformer):
     """Positions in the type of the tokens: bf16 has 256 integers before it skips some."""
 
-    def attend(self, q, k, v, key_mask, causal, hidden):
+    def attend(self, q, k, v, context):
         self.token_dtype = v.dtype
-        return super().attend(q, k, v, key_mask, causal, hidden)
+        return super().attend(q, k, v, context)
 
-    def matrix(self, q, k, key_mask, causal, hidden):
+    def matrix(self, q, k, context):
         self.token_dtype = q.dtype
-        return super().matrix(q, k, key_mask, causal, hidden)
+        return super().matrix(q, k, context)
 
     def features(self, q, k, context):
         positions = context.start + torch.arange(max(q.shape[-2], k.shape[-2]))
@@ -276,8 +277,8 @@ class StateInBfloat16(Linear):
 class DropoutInEvaluation(Sound):
     capabilities = replace(QUADRATIC, dropout="weights")
 
-    def attend(self, q, k, v, key_mask, causal, hidden):
-        return F.dropout(super().attend(q, k, v, key_mask, causal, hidden), self.dropout)
+    def attend(self, q, k, v, context):
+        return F.dropout(super().attend(q, k, v, context), self.dropout)
 
 
 class DropoutForgotten(Sound):
@@ -319,10 +320,10 @@ class QuadraticMemory(Sound):
 class OuterProducts(Linear):
     """Causal attention by accumulating all N outer products."""
 
-    def attend(self, q, k, v, key_mask, causal, hidden):
-        if not causal:
-            return super().attend(q, k, v, key_mask, causal, hidden)
-        real = 1.0 if key_mask is None else key_mask[:, None, :, None]
+    def attend(self, q, k, v, context):
+        if not context.causal:
+            return super().attend(q, k, v, context)
+        real = 1.0 if context.key_mask is None else context.key_mask[:, None, :, None]
         fq, fk = ((F.elu(at_least_float32(x)) + 1) for x in (q, k))
         rows = F.pad(at_least_float32(v), (0, 1), value=1.0) * real
         products = (fk[..., :, None] * rows[..., None, :]).cumsum(-3)
@@ -368,9 +369,10 @@ class AcceptsAnything(Sound):
     def _check(self, q, k, key_mask, causal, hidden):
         pass
 
-    def matrix(self, q, k, key_mask, causal, hidden=None):
-        real = None if key_mask is None else key_mask.reshape(-1, k.shape[-2])[:1].bool()
-        return super().matrix(q, k, real, causal)
+    def matrix(self, q, k, context):
+        mask = context.key_mask
+        mask = None if mask is None else mask.reshape(-1, k.shape[-2])[:1].bool()
+        return super().matrix(q, k, context._replace(key_mask=mask))
 
 
 class ClaimsPermutation(Cosformer):

@@ -210,10 +210,10 @@ class Mean(Attention):
     def capabilities_with(cls, config):
         return config
 
-    def attend(self, q, k, v, key_mask, causal, hidden):
-        return self.matrix(q, k, key_mask, causal, hidden) @ v
+    def attend(self, q, k, v, context):
+        return self.matrix(q, k, context) @ v
 
-    def matrix(self, q, k, key_mask, causal, hidden):
+    def matrix(self, q, k, context):
         return q.new_full((*q.shape[:-1], k.shape[-2]), 1 / k.shape[-2])
 
     def cost(self, n, s):

@@ -16,7 +16,7 @@ from attention_cases import (
 )
 
 from models import build_attention
-from models.attention.engines.kernel_attention import Context
+from models.attention.base import Context
 
 EXACT = 1e-12
 

@@ -12,6 +12,7 @@ from attention_cases import (
     with_every_mask,
 )
 
+from models.attention.base import Context
 from models.attention.engines.feature_maps import FEATURE_MAPS
 from models.attention.engines.kernel import (
     EPS,
@@ -21,7 +22,6 @@ from models.attention.engines.kernel import (
     normalised,
     with_ones,
 )
-from models.attention.engines.kernel_attention import Context
 
 FEATURES = {
     "elu+1": lambda x: torch.where(x > 0, x + 1, x.clamp(max=0).exp()),

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from lra.measure import allocated_peak
 from models import build_attention
-from models.attention.engines.kernel_attention import Context
+from models.attention.base import Context
 
 N, D, HEADS, BATCH = 4096, 64, 4, 1
 

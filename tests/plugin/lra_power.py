@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from models.attention import register_attention
-from models.attention.base import Capabilities
-from models.attention.engines.kernel_attention import Context, Features, KernelAttention
+from models.attention.base import Capabilities, Context
+from models.attention.engines.kernel_attention import Features, KernelAttention
 
 
 @register_attention("power")

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from models.attention.base import Attention, Cost, at_least_float32
+from models.attention.base import Attention, Context, Cost, at_least_float32
 from models.attention.engines.kernel import (
     bidirectional_sums,
     causal_sums,
@@ -18,22 +18,6 @@ from models.attention.engines.kernel import (
 
 LOWEST = -1e30
 """Log of a weight that is 0. Finite, so that differences of two of them are numbers."""
-
-
-class Context(NamedTuple):
-    """What features may depend on beside q and k.
-
-    Attributes:
-        key_mask: Bool (B, S), True for real tokens; masked keys are left out by the engine.
-        causal: Whether attention is causal; always in the recurrent form.
-        hidden: The layer's input (B, N, model_dim), where the mechanism needs it.
-        start: Position of the first token: 0, or that of the one token of a recurrent step.
-    """
-
-    key_mask: Tensor | None
-    causal: bool
-    hidden: Tensor | None
-    start: int = 0
 
 
 class Features(NamedTuple):
@@ -95,45 +79,31 @@ class KernelAttention(Attention, abc.ABC):
         Args:
             q: Queries (B, H, N, D), float32 at least.
             k: Keys (B, H, S, D), float32 at least.
-            context: Mask, pattern, layer input and first position.
+            context: Mask, pattern, layer input and first position; masked keys are left out by
+                the caller.
         """
 
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        key_mask: Tensor | None,
-        causal: bool,
-        hidden: Tensor | None,
-    ) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         """Computes the attention in time and memory linear in N."""
         with torch.autocast(q.device.type, enabled=False):
-            f, key_weight = self._prepared(q, k, Context(key_mask, causal, hidden))
+            f, key_weight = self._prepared(q, k, context)
             rows = with_ones(at_least_float32(v), key_weight)
-            if causal:
+            if context.causal:
                 sums = causal_sums(f.q, f.k, rows, f.log_decay)
             else:
                 sums = bidirectional_sums(f.q, f.k, rows)
             return normalised(sums, self.signed).to(v.dtype)
 
-    def matrix(
-        self,
-        q: Tensor,
-        k: Tensor,
-        key_mask: Tensor | None,
-        causal: bool,
-        hidden: Tensor | None,
-    ) -> Tensor:
+    def matrix(self, q: Tensor, k: Tensor, context: Context) -> Tensor:
         """Returns the row-normalised similarities (B, H, N, S)."""
         with torch.autocast(q.device.type, enabled=False):
-            f, key_weight = self._prepared(q, k, Context(key_mask, causal, hidden))
+            f, key_weight = self._prepared(q, k, context)
             similarity = f.q @ f.k.transpose(-2, -1)
             if key_weight is not None:
                 similarity = similarity * key_weight[..., None, :]
-            if causal and f.log_decay is not None:
+            if context.causal and f.log_decay is not None:
                 similarity = similarity * spans_of(f.log_decay).exp()
-            elif causal:
+            elif context.causal:
                 similarity = similarity.tril()
             return similarity / guard(similarity.sum(-1, keepdim=True), self.signed)
 
