@@ -222,7 +222,7 @@ class Task(abc.ABC):
     def _manifest(
         self, splits: Mapping[str, Split], baselines: Mapping[str, float], folder: Path
     ) -> dict[str, Any]:
-        files = {f"{name}.arrow": _known(folder / f"{name}.arrow") for name in SPLITS}
+        files = {f"{name}.arrow": _size_and_hash(folder / f"{name}.arrow") for name in SPLITS}
         sizes = {
             name: {
                 "examples": len(split),
@@ -244,12 +244,12 @@ class Task(abc.ABC):
                 **baselines,
             },
             "files": files,
-            "sources": {name: _known(file) for name, file in self.source_files().items()},
+            "sources": {name: _size_and_hash(file) for name, file in self.source_files().items()},
             "hash": short_hash({name: file["sha256"] for name, file in files.items()}, 16),
         }
 
 
-def _known(file: Path) -> dict[str, Any]:
+def _size_and_hash(file: Path) -> dict[str, Any]:
     """Returns what tells a file from others."""
     return {"bytes": file.stat().st_size, "sha256": file_hash(file)}
 

@@ -319,6 +319,14 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
+def admissible_keys(q: Tensor, k: Tensor, context: Context) -> Tensor:
+    """Returns which keys each query may see, bool, (N, S) or with a mask (B, 1, N, S)."""
+    keep = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device)
+    if context.causal:
+        keep = keep.tril()
+    return keep if context.key_mask is None else keep & context.key_mask[:, None, None, :]
+
+
 def own_lengths(key_mask: Tensor | None, keys: Tensor) -> Tensor:
     """Returns each sequence's own length: the index of its last real token + 1, shape (B,).
 

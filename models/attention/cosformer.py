@@ -20,7 +20,14 @@ import torch
 from torch import Tensor
 
 from models.attention import register_attention
-from models.attention.base import Capabilities, Context, Cost, at_least_float32, own_lengths
+from models.attention.base import (
+    Capabilities,
+    Context,
+    Cost,
+    admissible_keys,
+    at_least_float32,
+    own_lengths,
+)
 from models.attention.engines import feature_maps
 from models.attention.engines.feature_maps import FEATURE_MAPS
 from models.attention.engines.kernel import guard
@@ -123,12 +130,7 @@ class Cosformer(KernelAttention):
         horizon = self._horizon(q, k, context)
         distances = _angles(q, horizon, 0)[..., None] - _angles(k, horizon, 0)[..., None, :]
         scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
-        keep = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device)
-        if context.causal:
-            keep = keep.tril()
-        if context.key_mask is not None:
-            keep = keep & context.key_mask[:, None, None, :]
-        scores = scores.masked_fill(~keep, -torch.inf)
+        scores = scores.masked_fill(~admissible_keys(q, k, context), -torch.inf)
         # The largest admissible score, which cancels; 0 where there is none.
         top = scores.detach().amax(-1, keepdim=True).nan_to_num(neginf=0.0)
         similarity = (scores - top).exp() * distances.cos()[:, None]

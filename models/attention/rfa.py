@@ -14,9 +14,9 @@ g_t = sigmoid(w_g.x_t + b_g) of the layer's input x_t:
 
 For heads of d dimensions it costs O(N D (d + E)), with a recurrent state of F (E + 1) numbers a
 head, F = 2 D or D features. In training each head takes one of a pool of matrices at every step;
-in evaluation it keeps one. Gaussian similarities and their sums
-may be negative: the denominator keeps its sign and stays 1e-6 away from 0, while the public code
-bounds it by 1, which shrinks the first outputs of a causal sequence, or drops its sign.
+in evaluation it keeps one. Gaussian similarities and their sums may be negative: the denominator
+keeps its sign and stays 1e-6 away from 0, while the public code bounds it by 1, which shrinks the
+first outputs of a causal sequence, or drops its sign.
 """
 
 import math

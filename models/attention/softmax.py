@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from models.attention import register_attention
-from models.attention.base import Attention, Capabilities, Context, Cost
+from models.attention.base import Attention, Capabilities, Context, Cost, admissible_keys
 from models.attention.engines.dropout import softmax_dropout_attention
 
 MASKED_ROWS = 128
@@ -72,11 +72,7 @@ class Softmax(Attention):
     def matrix(self, q: Tensor, k: Tensor, context: Context) -> Tensor:
         """Returns softmax(q k^T / sqrt(D)) over the admissible keys, 0 where there is none."""
         scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
-        keep = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device)
-        if context.causal:
-            keep = keep.tril()
-        if context.key_mask is not None:
-            keep = keep & context.key_mask[:, None, None, :]
+        keep = admissible_keys(q, k, context)
         return torch.where(keep, scores.masked_fill(~keep, -torch.inf).softmax(-1), 0.0)
 
     def initial_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> Cache:

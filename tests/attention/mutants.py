@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.attention.base import Attention, Capabilities, Cost, at_least_float32
+from models.attention.base import Attention, Capabilities, Cost, admissible_keys, at_least_float32
 from models.attention.cosformer import Cosformer
 from models.attention.engines.kernel import EPS
 from models.attention.engines.kernel_attention import Features
@@ -21,14 +21,6 @@ from models.attention.softmax import Softmax
 ANY = frozenset({"self", "causal", "cross"})
 LINEAR = Capabilities(paper="none", patterns=ANY)
 QUADRATIC = Capabilities(paper="none", patterns=ANY, time="N^2", memory="N^2")
-
-
-def admissible(q, k, context):
-    """Returns which keys a query may see, (B, 1, N, S)."""
-    keep = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool)
-    keep = keep.tril() if context.causal else keep
-    mask = context.key_mask
-    return keep[None, None] if mask is None else keep & mask[:, None, None, :]
 
 
 class Sound(Attention):
@@ -46,7 +38,7 @@ class Sound(Attention):
     def matrix(self, q, k, context):
         with torch.autocast("cpu", enabled=False):
             q, k = at_least_float32(q), at_least_float32(k)
-            similarity = self.similarity(q, k, admissible(q, k, context))
+            similarity = self.similarity(q, k, admissible_keys(q, k, context))
             return similarity / self.total(similarity)
 
     def attend(self, q, k, v, context):
@@ -153,7 +145,7 @@ class Comb(Sound):
 
     def matrix(self, q, k, context):
         group = self.pattern(q.shape[-2])
-        similarity = self.similarity(q, k, admissible(q, k, context))
+        similarity = self.similarity(q, k, admissible_keys(q, k, context))
         similarity = similarity * (group[:, None] == group)
         return similarity / self.total(similarity)
 

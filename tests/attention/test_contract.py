@@ -353,6 +353,14 @@ def test_a_mechanism_without_a_recurrent_form_says_so():
         attention.step(*inputs(1), None)
 
 
+def test_a_mechanism_that_is_declared_recurrent_without_being_so_says_what_to_define():
+    attention = mean("self", "causal", recurrent=True)
+    with pytest.raises(NotImplementedError, match=r"recurrent: define initial_state"):
+        attention.init_state(3, torch.device("cpu"), torch.float32)
+    with pytest.raises(NotImplementedError, match=r"recurrent: define advance"):
+        attention.step(*inputs(1), (torch.zeros(3),))
+
+
 def test_a_step_takes_one_token_of_each_sequence_of_its_state():
     attention = build("linear")
     state = attention.init_state(3, torch.device("cpu"), torch.float64)

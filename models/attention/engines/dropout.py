@@ -79,8 +79,7 @@ class _Blocks:
         if bias is not None:
             self.bias = bias[:, None, None].expand(batch, heads, 1, s).reshape(-1, 1, s)
             # The first real key of each matrix, s where there is none.
-            real = torch.where(self.bias == 0, torch.arange(s), s).amin(-1, keepdim=True)
-            self.first = real
+            self.first = torch.where(self.bias == 0, torch.arange(s), s).amin(-1, keepdim=True)
         self.causal = causal
         self.draws = draws
         self.rows = max(1, min(n, BLOCK_BYTES // (4 * s * MATRICES)))
