@@ -56,7 +56,7 @@ class Batches:
 
     def __init__(self, split: Split, device: torch.device) -> None:
         self.lengths = split.lengths
-        self._offsets = split.offsets[:-1]
+        self._starts = split.starts
         # Copied: the memory map is read-only, and the copy is what the device holds anyway.
         self._tokens = torch.from_numpy(np.array(split.tokens)).to(device)
         self.labels = torch.from_numpy(np.array(split.labels)).long().to(device)
@@ -71,7 +71,7 @@ class Batches:
         """Returns the examples ``indices`` as one micro-batch."""
         lengths = self.lengths[indices]
         width = int(lengths.max())
-        starts = torch.from_numpy(self._offsets[indices]).to(self._device)[:, None]
+        starts = torch.from_numpy(self._starts[indices]).to(self._device)[:, None]
         positions = torch.arange(width, device=self._device)
         if int(lengths.min()) == width:
             key_mask, at = None, starts + positions

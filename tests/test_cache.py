@@ -1,6 +1,5 @@
 """The cache of prepared data: built once, found again, and never half there."""
 
-import dataclasses
 import errno
 import json
 import os
@@ -15,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lra.tasks.base import SPLITS, Split, Task
+from lra.tasks.base import SPLITS, Built, Split, Task
 
 TESTS = Path(__file__).parent
 
@@ -45,7 +44,7 @@ class Tiny(Task):
         with (self.data_dir / "builds").open("a") as file:
             file.write(f"{os.getpid()}\n")
         rng = np.random.default_rng(self.config.seed)
-        return {
+        splits = {
             name: ragged(
                 [rng.integers(1, 300, rng.integers(1, 10)) for _ in range(count)],
                 rng.integers(0, 4, count),
@@ -53,8 +52,12 @@ class Tiny(Task):
             )
             for name, count in zip(SPLITS, (self.config.size, 3, 2), strict=True)
         }
+        return self.built(splits)
 
-    def baselines(self, splits):
+    def built(self, splits):
+        return Built({name: [split] for name, split in splits.items()}, "made up", self.rules)
+
+    def rules(self, splits):
         return {"number of tokens": float(np.mean(splits["test"].lengths % 4 == 1))}
 
 
@@ -63,7 +66,25 @@ class Given(Tiny):
 
     def build(self):
         super().build()
-        return self.given
+        return self.built(self.given)
+
+
+class InPieces(Tiny):
+    """The pieces that a test hands over, of every split the same."""
+
+    def build(self):
+        return Built(dict.fromkeys(SPLITS, self.given), "made up")
+
+
+class BrokenLate(Tiny):
+    """Finds its source broken after one piece is written."""
+
+    def build(self):
+        def pieces():
+            yield ragged([[1]], [0])
+            raise ValueError("line 9 of source.tsv is broken")
+
+        return Built({name: pieces() for name in SPLITS}, "made up")
 
 
 class KilledEarly(Tiny):
@@ -88,12 +109,12 @@ class Unreadable(Tiny):
 
 
 class FailingLate(Tiny):
-    def baselines(self, splits):
+    def rules(self, splits):
         raise KeyError("label")
 
 
 def ragged(sequences, labels, dtype=np.uint16):
-    return Split(
+    return Split.of(
         np.concatenate([np.empty(0, dtype), *(np.asarray(s, dtype) for s in sequences)]),
         np.cumsum([0, *map(len, sequences)], dtype=np.int64),
         np.asarray(labels, np.uint8),
@@ -124,9 +145,16 @@ def left(task):
 def assert_same(found, expected):
     assert found.keys() == expected.keys()
     for name, split in expected.items():
-        for field in dataclasses.fields(Split):
-            ours, theirs = getattr(found[name], field.name), getattr(split, field.name)
-            np.testing.assert_array_equal(ours, theirs, strict=True)
+        assert found[name].tokens.dtype == split.tokens.dtype
+        np.testing.assert_array_equal(found[name].lengths, split.lengths, strict=True)
+        np.testing.assert_array_equal(found[name].labels, split.labels, strict=True)
+        for index in np.ndindex(split.lengths.shape):
+            np.testing.assert_array_equal(found[name][index], split[index], strict=True)
+
+
+def whole(task):
+    """Returns what a task builds in one piece a split."""
+    return {name: piece for name, [piece] in task.build().splits.items()}
 
 
 def in_processes(code, *arguments, count=1):
@@ -177,12 +205,13 @@ def test_data_is_built_once_and_then_opened(task, tmp_path):
 
 
 def test_what_is_opened_is_what_was_built(task):
-    assert_same(task.prepare().splits, task.build())
+    assert_same(task.prepare().splits, whole(task))
 
 
 def test_what_is_opened_is_the_file_itself_and_cannot_be_written_to(task):
     split = task.prepare().splits["train"]
-    assert [a.flags.writeable for a in (split.tokens, split.offsets, split.labels)] == [False] * 3
+    assert split.tokens.nbytes == (task.folder / "train.arrow").stat().st_size
+    assert not split.tokens.flags.writeable
 
 
 sequences = st.lists(st.lists(st.integers(0, 255), max_size=5), min_size=1, max_size=6)
@@ -209,8 +238,62 @@ def test_pieces_of_one_split_are_stored_as_splits_of_their_own(tmp_path):
     task.given = {"train": whole.take(0, 2), "val": whole.take(2, 4), "test": whole.take(4, 5)}
     splits = task.prepare().splits
     assert_same(splits, task.given)
-    assert splits["val"].tokens.tolist() == [4, 5, 6]
-    assert splits["val"].offsets.tolist() == [0, 3, 3]
+
+
+pairs = st.lists(
+    st.tuples(st.lists(st.integers(0, 255), max_size=5), st.lists(st.integers(0, 255), max_size=5)),
+    max_size=4,
+)
+
+
+@settings(derandomize=True, deadline=None, max_examples=25)
+@given(
+    st.lists(pairs, min_size=1, max_size=4).filter(any),
+    st.sampled_from([np.uint8, np.uint16, np.uint32]),
+)
+def test_pieces_and_pairs_are_opened_as_one_split(tmp_path_factory, pieces, dtype):
+    task = make(tmp_path_factory.mktemp("any"), InPieces)
+    task.given = [
+        ragged([s for pair in piece for s in pair], [i % 4 for i in range(len(piece))], dtype)
+        if piece
+        else Split(np.empty(0, dtype), *np.empty((2, 0, 2), np.int64), np.empty(0, np.uint8))
+        for piece in pieces
+    ]
+    together = [pair for piece in pieces for pair in piece]
+    split = task.prepare().splits["val"]
+    assert split.lengths.shape == split.starts.shape == (len(together), 2)
+    assert [(split[i, 0].tolist(), split[i, 1].tolist()) for i in range(len(together))] == together
+    assert split.labels.tolist() == [i % 4 for piece in pieces for i in range(len(piece))]
+
+
+def test_a_table_is_a_split_whose_rows_have_one_length():
+    split = Split.of_table(np.arange(6, dtype=np.uint8).reshape(3, 2), np.zeros(3, np.uint8))
+    assert [split[i].tolist() for i in range(3)] == [[0, 1], [2, 3], [4, 5]]
+
+
+def test_a_build_that_breaks_after_some_pieces_leaves_nothing_and_its_message_stands(tmp_path):
+    task = make(tmp_path, BrokenLate)
+    with pytest.raises(ValueError, match=r"^line 9 of source\.tsv is broken$"):
+        task.prepare()
+    assert left(task) == []
+
+
+def test_parts_that_a_build_left_are_there_until_one_ends(tmp_path):
+    class Parted(Tiny):
+        def build(self):
+            self.parts.mkdir(exist_ok=True)
+            with (self.parts / "0").open("a") as file:
+                file.write("x")
+            if (self.parts / "0").read_text() == "x":
+                raise ValueError("interrupted")
+            return super().build()
+
+    task = make(tmp_path, Parted)
+    with pytest.raises(ValueError, match="interrupted"):
+        task.prepare()
+    assert left(task) == [task.parts.name]
+    task.prepare()
+    assert left(task) == [task.folder.name]
 
 
 @pytest.mark.filterwarnings("ignore")  # of other packages, when datasets is imported
@@ -260,6 +343,7 @@ def test_the_manifest_holds_sizes_baselines_and_hashes(tmp_path):
     }
     # Class 2 is the most frequent in training; what it scores on the test set counts.
     assert manifest["baselines"] == {"majority class": 0.25, "number of tokens": 0.75}
+    assert manifest["source"] == "made up"
     assert manifest["options"] == {"size": 5, "seed": 0}
     assert (manifest["task"], manifest["version"]) == ("tiny", 3)
     assert manifest == json.loads((task.folder / "manifest.json").read_text())
@@ -325,7 +409,7 @@ def test_damaged_data_is_rebuilt_with_one_line_that_says_why(task, capsys, damag
     assert str(task.folder / named) in line
     assert builds(task) == 2
     assert again.manifest == manifest
-    assert_same(again.splits, task.build())
+    assert_same(again.splits, whole(task))
     assert task.state(hashes=True)[0] == "found"
 
 

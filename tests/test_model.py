@@ -234,8 +234,8 @@ def split_of(lengths, dtype=np.uint8, seed=0):
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     top = min(np.iinfo(dtype).max, 500)
     tokens = rng.integers(1, top, offsets[-1], endpoint=True).astype(dtype)
-    split = Split(tokens, offsets, rng.integers(0, 10, len(lengths)).astype(np.uint8))
-    for array in (split.tokens, split.offsets, split.labels):
+    split = Split.of(tokens, offsets, rng.integers(0, 10, len(lengths)).astype(np.uint8))
+    for array in (split.tokens, split.labels):
         array.setflags(write=False)
     return split
 

@@ -121,7 +121,7 @@ def test_a_rule_that_can_be_read_off_the_tokens_is_learned(smoke, tmp_path):
         tokens = random.integers(11, 16, lengths.sum()).astype(np.uint8)
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         tokens[offsets[:-1]] = labels + 1
-        return Split(tokens, offsets, labels)
+        return Split.of(tokens, offsets, labels)
 
     data = Prepared({"train": split(2000), "val": split(300), "test": split(300)}, {})
     overrides = smoke("attention=cosformer", "train.steps=300", "train.lr=5e-3", "model.dim=32")

@@ -119,7 +119,7 @@ def _read_file(
             f"{path}, line {number}: {reason}. Unpack the file from lra_release again."
         ) from None
     arrays = [np.frombuffer(column, dtype=np.uint8) for column in (tokens, labels, values)]
-    return Split(arrays[0], np.cumsum(lengths, dtype=np.int64), arrays[1]), arrays[2]
+    return Split.of(arrays[0], np.cumsum(lengths, dtype=np.int64), arrays[1]), arrays[2]
 
 
 def _read_row(text: str, max_tokens: int) -> tuple[np.ndarray, int]:

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -21,35 +21,69 @@ SPLITS = ("train", "val", "test")
 
 @dataclass(frozen=True)
 class Split:
-    """Ragged token sequences with labels.
+    """Token sequences with labels; an example has one sequence, or two in a dual task.
 
     Attributes:
-        tokens: Token ids of all sequences one after the other, (total,) unsigned.
-        offsets: Sequence i is ``tokens[offsets[i]:offsets[i + 1]]``, (examples + 1,) int64.
+        tokens: The memory in which all sequences lie, (any,) unsigned; there may be other bytes
+            between them.
+        starts: Where in ``tokens`` each sequence begins, int64 of shape (examples,), or
+            (examples, 2) in a dual task.
+        lengths: The number of tokens of each, int64 of the same shape.
         labels: Class of each example, (examples,) uint8.
     """
 
     tokens: np.ndarray
-    offsets: np.ndarray
+    starts: np.ndarray
+    lengths: np.ndarray
     labels: np.ndarray
+
+    @classmethod
+    def of(cls, tokens: np.ndarray, offsets: np.ndarray, labels: np.ndarray) -> "Split":
+        """Returns the split whose sequences lie one after the other.
+
+        Args:
+            tokens: All sequences; in a dual task the second of an example follows the first.
+            offsets: Sequence i is ``tokens[offsets[i]:offsets[i + 1]]``, (sequences + 1,) int64.
+            labels: Class of each example, (examples,) uint8.
+        """
+        shape = (len(labels),) if len(offsets) - 1 == len(labels) else (len(labels), 2)
+        return cls(tokens, offsets[:-1].reshape(shape), np.diff(offsets).reshape(shape), labels)
+
+    @classmethod
+    def of_table(cls, tokens: np.ndarray, labels: np.ndarray) -> "Split":
+        """Returns the split of sequences of one length, the rows of ``tokens``."""
+        count, width = tokens.shape
+        return cls.of(tokens.reshape(-1), np.arange(count + 1, dtype=np.int64) * width, labels)
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> np.ndarray:
-        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Number of tokens of each example."""
-        return np.diff(self.offsets)
+    def __getitem__(self, index: int | tuple[int, int]) -> np.ndarray:
+        """Returns the sequence of example ``index``, or sequence j of example i for ``(i, j)``."""
+        start = self.starts[index]
+        return self.tokens[start : start + self.lengths[index]]
 
     def take(self, first: int, last: int) -> "Split":
         """Returns examples ``first`` up to but not including ``last``."""
-        start, stop = self.offsets[first], self.offsets[last]
-        return Split(
-            self.tokens[start:stop], self.offsets[first : last + 1] - start, self.labels[first:last]
-        )
+        chosen = slice(first, last)
+        return Split(self.tokens, self.starts[chosen], self.lengths[chosen], self.labels[chosen])
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a task makes from its source.
+
+    Attributes:
+        splits: By name, each in one or more pieces of as many bytes as memory may hold at once;
+            they are asked for once, in the order of ``SPLITS``.
+        source: One line on where the data is from, such as a data set's name and revision.
+        rules: Returns test accuracies (fractions) of rules that learn nothing, by name, beside the
+            majority class; called with the opened splits after all pieces.
+    """
+
+    splits: Mapping[str, Iterable[Split]]
+    source: str
+    rules: Callable[[Mapping[str, Split]], dict[str, float]] = lambda splits: {}
 
 
 @dataclass(frozen=True)
@@ -98,17 +132,18 @@ class Task(abc.ABC):
         """Accuracy of a uniform guess, a fraction."""
         return 1 / self.num_classes
 
+    @property
+    def validation_is_test(self) -> bool:
+        """Whether the test split stands in for the validation split; the record says so."""
+        return False
+
     @abc.abstractmethod
-    def build(self) -> dict[str, Split]:
+    def build(self) -> Built:
         """Makes the splits from their source.
 
         Raises:
             ValueError: If the source is missing or broken: what, where, and what to type.
         """
-
-    @abc.abstractmethod
-    def baselines(self, splits: Mapping[str, Split]) -> dict[str, float]:
-        """Returns test accuracies (fractions) of rules that learn nothing, by name."""
 
     def source_files(self) -> dict[str, Path]:
         """Returns the files that splits are made from, by split, as far as they are there now.
@@ -127,6 +162,11 @@ class Task(abc.ABC):
     def folder(self) -> Path:
         """Where the prepared splits are, or will be."""
         return self.cache_dir / f"{self.name}-v{self.version}-{self.fingerprint}"
+
+    @property
+    def parts(self) -> Path:
+        """Where a build may leave finished work, for the next one to go on from."""
+        return self.folder.with_name(self.folder.name + ".parts")
 
     def prepare(self, hashes: bool = False) -> Prepared:
         """Opens the prepared splits, building them first where they are missing or damaged.
@@ -153,8 +193,7 @@ class Task(abc.ABC):
                 if state != "found":
                     self._build_folder()
         manifest = json.loads((self.folder / "manifest.json").read_text())
-        splits = {name: _read(self.folder / f"{name}.arrow") for name in SPLITS}
-        return Prepared(splits, manifest)
+        return Prepared(_open(self.folder), manifest)
 
     def state(self, hashes: bool = False) -> tuple[Literal["found", "missing", "damaged"], str]:
         """Tells whether prepared splits are there and whole.
@@ -174,9 +213,9 @@ class Task(abc.ABC):
                 (self.folder / f"{name}.arrow", manifest["files"][f"{name}.arrow"])
                 for name in SPLITS
             ]
-            sources = self.source_files().items()
-            expected += [(file, manifest["sources"][name]) for name, file in sources]
-            expected = [(file, known["bytes"], known["sha256"]) for file, known in expected]
+            known = manifest["sources"]  # none of a data set that came from elsewhere
+            expected += [(f, known[name]) for name, f in self.source_files().items() if known]
+            expected = [(file, its["bytes"], its["sha256"]) for file, its in expected]
         except (OSError, ValueError, KeyError, TypeError):
             return "damaged", f"{path} cannot be read"
         for file, size, sha256 in expected:
@@ -207,26 +246,47 @@ class Task(abc.ABC):
             temporary = self.cache_dir / f"{self.folder.name}.tmp-{os.getpid()}"
             temporary.mkdir()
         try:
-            splits = self.build()
-            baselines = self.baselines(splits)
+            built = self.build()
+            for name in SPLITS:
+                self._write(temporary / f"{name}.arrow", built.splits[name])
+            manifest = self._manifest(built, temporary)
             with self._writing():
-                for name in SPLITS:
-                    _write(temporary / f"{name}.arrow", splits[name])
-                manifest = self._manifest(splits, baselines, temporary)
                 write_text(temporary / "manifest.json", json.dumps(manifest, indent=1))
                 os.replace(temporary, self.folder)
+                shutil.rmtree(self.parts, ignore_errors=True)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
 
-    def _manifest(
-        self, splits: Mapping[str, Split], baselines: Mapping[str, float], folder: Path
-    ) -> dict[str, Any]:
+    def _write(self, path: Path, pieces: Iterable[Split]) -> None:
+        """Writes a split as an Arrow stream, one record batch a piece: columns tokens and label."""
+        import pyarrow as pa
+
+        writer = None
+        with self._writing():
+            file = path.open("wb")
+        try:
+            for piece in pieces:  # may read files; what they raise is not the cache's
+                with self._writing():
+                    batch = _record_batch(piece)
+                    writer = writer or pa.ipc.new_stream(file, batch.schema)
+                    writer.write_batch(batch)
+            assert writer is not None, f"{path.stem} has no pieces"
+            with self._writing():
+                writer.close()
+                file.flush()
+                os.fsync(file.fileno())
+        finally:
+            with self._writing():
+                file.close()
+
+    def _manifest(self, built: Built, folder: Path) -> dict[str, Any]:
+        splits = _open(folder)
         files = {f"{name}.arrow": _size_and_hash(folder / f"{name}.arrow") for name in SPLITS}
         sizes = {
             name: {
                 "examples": len(split),
-                "tokens": len(split.tokens),
+                "tokens": int(split.lengths.sum()),
                 "longest": int(split.lengths.max(initial=0)),
                 "classes": np.bincount(split.labels, minlength=self.num_classes).tolist(),
             }
@@ -241,8 +301,9 @@ class Task(abc.ABC):
             "splits": sizes,
             "baselines": {
                 "majority class": float(np.mean(test_labels == majority)),
-                **baselines,
+                **built.rules(splits),
             },
+            "source": built.source,
             "files": files,
             "sources": {name: _size_and_hash(file) for name, file in self.source_files().items()},
             "hash": short_hash({name: file["sha256"] for name, file in files.items()}, 16),
@@ -254,27 +315,48 @@ def _size_and_hash(file: Path) -> dict[str, Any]:
     return {"bytes": file.stat().st_size, "sha256": file_hash(file)}
 
 
-def _write(path: Path, split: Split) -> None:
-    """Writes a split as one Arrow record batch with the columns tokens and label."""
+def _record_batch(piece: Split) -> Any:
+    """Returns a piece as a record batch: a list of tokens an example, or two lists, and a label."""
     import pyarrow as pa
 
-    tokens = pa.LargeListArray.from_arrays(pa.array(split.offsets), pa.array(split.tokens))
-    batch = pa.record_batch({"tokens": tokens, "label": pa.array(split.labels)})
-    with path.open("wb") as file:
-        with pa.ipc.new_stream(file, batch.schema) as writer:
-            writer.write_batch(batch)
-        file.flush()
-        os.fsync(file.fileno())
+    lengths, starts = piece.lengths.reshape(-1), piece.starts.reshape(-1)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    first = starts[0] if len(starts) else 0
+    values = piece.tokens[first : first + offsets[-1]]
+    if not np.array_equal(starts, first + offsets[:-1]):
+        sequences = (piece.tokens[s : s + n] for s, n in zip(starts, lengths, strict=True))
+        values = np.concatenate([piece.tokens[:0], *sequences])
+    tokens = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(values))
+    if piece.lengths.ndim == 2:
+        tokens = pa.FixedSizeListArray.from_arrays(tokens, 2)
+    return pa.record_batch({"tokens": tokens, "label": pa.array(piece.labels)})
+
+
+def _open(folder: Path) -> dict[str, Split]:
+    """Opens the splits in a folder; their tokens are memory-mapped."""
+    return {name: _read(folder / f"{name}.arrow") for name in SPLITS}
 
 
 def _read(path: Path) -> Split:
-    """Opens a split as memory-mapped arrays."""
+    """Opens a split; the tokens are the whole mapped file, with each sequence at its place in it.
+
+    So a file of several record batches, whose tokens do not adjoin, is opened without a copy.
+    """
     import pyarrow as pa
 
-    batch = pa.ipc.open_stream(pa.memory_map(str(path))).read_next_batch()
-    tokens = batch.column("tokens")
-    return Split(
-        tokens.values.to_numpy(zero_copy_only=True),
-        tokens.offsets.to_numpy(zero_copy_only=True),
-        batch.column("label").to_numpy(zero_copy_only=True),
-    )
+    mapped = pa.memory_map(str(path))
+    whole = mapped.read_buffer()
+    mapped.seek(0)
+    starts, lengths, labels = [], [], []
+    for batch in pa.ipc.open_stream(mapped):
+        column = batch.column("tokens")
+        lists = column.values if pa.types.is_fixed_size_list(column.type) else column
+        offsets = lists.offsets.to_numpy(zero_copy_only=True)
+        shape = (len(batch),) if lists is column else (len(batch), 2)
+        values = lists.values.to_numpy(zero_copy_only=True)
+        place = (values.ctypes.data - whole.address) // values.itemsize if len(values) else 0
+        starts.append((place + offsets[:-1]).reshape(shape))
+        lengths.append(np.diff(offsets).reshape(shape))
+        labels.append(batch.column("label").to_numpy(zero_copy_only=True))
+    tokens = np.frombuffer(whole, values.dtype, count=whole.size // values.itemsize)
+    return Split(tokens, *map(np.concatenate, (starts, lengths, labels)))

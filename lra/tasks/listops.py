@@ -18,7 +18,7 @@ from tqdm import tqdm
 from lra.tasks import register_task
 from lra.tasks._listops import VOCAB, evaluate, generate
 from lra.tasks._listops_files import find_files, read_files
-from lra.tasks.base import Split, Task
+from lra.tasks.base import SPLITS, Built, Split, Task
 
 
 @register_task("listops")
@@ -92,13 +92,20 @@ class ListOps(Task):
         except ValueError:
             return {}
 
-    def build(self) -> dict[str, Split]:
+    def build(self) -> Built:
         """Reads the official files, or generates all splits from one stream of expressions."""
         config = self.config
         if config.source == "official":
             splits = read_files(find_files(self.data_dir), self.max_len)
             self._tell_other_sizes(splits)
-            return splits
+            source = "files of the Long Range Arena release"
+        else:
+            splits = self._generate()
+            source = f"generated, data_seed {config.data_seed}"
+        return Built({name: [split] for name, split in splits.items()}, source, _rules)
+
+    def _generate(self) -> dict[str, Split]:
+        config = self.config
         sizes = (config.num_train, config.num_val, config.num_test)
         total = sum(sizes)
         with tqdm(total=total, desc="ListOps expressions", unit="", unit_scale=True) as bar:
@@ -112,10 +119,9 @@ class ListOps(Task):
                 processes=_processes(total),
                 progress=bar.update,
             )
-        everything = Split(tokens, offsets, labels)
+        everything = Split.of(tokens, offsets, labels)
         ends = np.cumsum((0, *sizes)).tolist()
-        names = ("train", "val", "test")
-        return {name: everything.take(*ends[i : i + 2]) for i, name in enumerate(names)}
+        return {name: everything.take(*ends[i : i + 2]) for i, name in enumerate(SPLITS)}
 
     def _tell_other_sizes(self, splits: Mapping[str, Split]) -> None:
         """Tells where files are not as long as the released ones; a download may be cut short."""
@@ -129,14 +135,15 @@ class ListOps(Task):
         if told:
             print(f"These are not the released ListOps files: {', '.join(told)}.", file=sys.stderr)
 
-    def baselines(self, splits: Mapping[str, Split]) -> dict[str, float]:
-        """Scores evaluation that sees the root operator only, or is cut below a depth."""
-        test = splits["test"]
-        names = {0: "root operator only"} | {d: f"evaluation cut at depth {d}" for d in (1, 2, 3)}
-        return {
-            name: float(np.mean([evaluate(test[i], cut) for i in range(len(test))] == test.labels))
-            for cut, name in names.items()
-        }
+
+def _rules(splits: Mapping[str, Split]) -> dict[str, float]:
+    """Scores evaluation that sees the root operator only, or is cut below a depth."""
+    test = splits["test"]
+    names = {0: "root operator only"} | {d: f"evaluation cut at depth {d}" for d in (1, 2, 3)}
+    return {
+        name: float(np.mean([evaluate(test[i], cut) for i in range(len(test))] == test.labels))
+        for cut, name in names.items()
+    }
 
 
 def _processes(total: int) -> int:

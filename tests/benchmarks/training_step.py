@@ -87,7 +87,7 @@ def filled():
     def split(n):
         tokens = random.integers(1, 16, n * LENGTH, dtype=np.uint8)
         labels = random.integers(0, CLASSES, n, dtype=np.uint8)
-        return Split(tokens, np.arange(n + 1) * LENGTH, labels)
+        return Split.of(tokens, np.arange(n + 1) * LENGTH, labels)
 
     return Prepared({"train": split(256), "val": split(8), "test": split(8)}, {})
 

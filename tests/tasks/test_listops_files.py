@@ -121,11 +121,7 @@ def test_rows_become_tokens_without_parentheses_and_labels(task, capsys):
     split = task.prepare().splits["train"]
     assert sources(split) == ["7", "[MAX 2 9 ]", "[SM [MIN 4 7 8 ] 9 ]"]
     assert split.labels.tolist() == [7, 9, 3]
-    assert (split.tokens.dtype, split.offsets.dtype, split.labels.dtype) == (
-        np.uint8,
-        np.int64,
-        np.uint8,
-    )
+    assert (split.tokens.dtype, split.labels.dtype) == (np.uint8, np.uint8)
     assert told(capsys.readouterr()) == []
 
 
@@ -146,8 +142,9 @@ def test_standard_expressions_are_read_as_they_were_written(read, capsys):
     expressions = [decode(piece) for piece in np.split(tokens, offsets[1:-1])]
     rows = [f"{binary(e)}\t{label}" for e, label in zip(expressions, labels, strict=True)]
     split = read(content(rows))
-    np.testing.assert_array_equal(split.tokens, tokens, strict=True)
-    np.testing.assert_array_equal(split.offsets, offsets, strict=True)
+    assert split.tokens.dtype == tokens.dtype
+    assert sources(split) == expressions
+    assert split.lengths.tolist() == np.diff(offsets).tolist()
     np.testing.assert_array_equal(split.labels, labels, strict=True)
     assert told(capsys.readouterr()) == []
 
