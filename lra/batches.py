@@ -29,11 +29,11 @@ GPU_EVALUATION_TOKENS = 2**16
 
 
 class MicroBatch(NamedTuple):
-    """Examples of similar length.
+    """Examples of similar length; those of a dual task have two sequences each.
 
     Attributes:
-        tokens: Token ids (B, N) int32, 0 where padded.
-        key_mask: Bool (B, N), True for real tokens; None if there is no padding.
+        tokens: Token ids (B, N) or (B, 2, N) int32, 0 where padded.
+        key_mask: Bool of the same shape, True for real tokens; None if there is no padding.
         labels: Classes (B,) int64.
         indices: Positions of the examples in their split (B,) int64.
         num_tokens: Real tokens.
@@ -56,6 +56,10 @@ class Batches:
 
     def __init__(self, split: Split, device: torch.device) -> None:
         self.lengths = split.lengths
+        # Padded tokens that an example asks for: its longest sequence, as often as it has some.
+        self.widths = split.lengths
+        if split.lengths.ndim == 2:
+            self.widths = split.lengths.shape[1] * split.lengths.max(1)
         self._starts = split.starts
         # Copied: the memory map is read-only, and the copy is what the device holds anyway.
         self._tokens = torch.from_numpy(np.array(split.tokens)).to(device)
@@ -71,12 +75,12 @@ class Batches:
         """Returns the examples ``indices`` as one micro-batch."""
         lengths = self.lengths[indices]
         width = int(lengths.max())
-        starts = torch.from_numpy(self._starts[indices]).to(self._device)[:, None]
+        starts = torch.from_numpy(self._starts[indices]).to(self._device)[..., None]
         positions = torch.arange(width, device=self._device)
         if int(lengths.min()) == width:
             key_mask, at = None, starts + positions
         else:
-            key_mask = positions < torch.from_numpy(lengths).to(self._device)[:, None]
+            key_mask = positions < torch.from_numpy(lengths).to(self._device)[..., None]
             at = torch.where(key_mask, starts + positions, 0)
         tokens = self._tokens[at].int()
         if key_mask is not None:
@@ -95,35 +99,35 @@ class Batches:
             self._order = np.random.default_rng((seed, epoch)).permutation(len(self))
             self._epoch = (seed, epoch)
         chosen = self._order[batch * batch_size : (batch + 1) * batch_size]
-        chosen = chosen[np.argsort(-self.lengths[chosen], kind="stable")]
+        chosen = chosen[np.argsort(-self.widths[chosen], kind="stable")]
         return [self.gather(piece) for piece in np.array_split(chosen, min(pieces, batch_size))]
 
     def evaluation(self) -> Iterator[MicroBatch]:
         """Yields every example once, in batches of similar length and similar cost."""
         budget = CPU_TOKENS if self._device.type == "cpu" else GPU_EVALUATION_TOKENS
-        order = np.argsort(-self.lengths, kind="stable")
+        order = np.argsort(-self.widths, kind="stable")
         while len(order):
-            count = max(1, budget // max(1, int(self.lengths[order[0]])))
+            count = max(1, budget // max(1, int(self.widths[order[0]])))
             yield self.gather(order[:count])
             order = order[count:]
 
 
 def resolve_micro_batches(
-    setting: int | Literal["auto"], batch_size: int, lengths: np.ndarray, device: torch.device
+    setting: int | Literal["auto"], batch_size: int, widths: np.ndarray, device: torch.device
 ) -> int:
     """Returns the number of micro-batches of a batch for ``micro_batches=``.
 
     Args:
         setting: The number, or ``auto``.
         batch_size: Examples of a batch.
-        lengths: Tokens of every training example.
+        widths: Padded tokens that every training example asks for.
         device: Where they are computed.
     """
     if setting != "auto":
         return min(setting, batch_size)
     if device.type != "cpu":
         return 1
-    pieces = math.ceil(batch_size * int(lengths.max(initial=1)) / CPU_TOKENS)
-    if lengths.size and lengths.min() < lengths.max():
+    pieces = math.ceil(batch_size * int(widths.max(initial=1)) / CPU_TOKENS)
+    if widths.size and widths.min() < widths.max():
         pieces = max(pieces, CPU_PIECES)
     return min(batch_size, pieces)

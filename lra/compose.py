@@ -306,7 +306,7 @@ def named_plugins(overrides: list[str]) -> list[str]:
 
 
 def _check_fit(config: RunConfig) -> None:
-    """Checks that the model takes the task's examples, and the encoder the attention."""
+    """Checks that task, model, optimisation and attention go together."""
     import torch
 
     task = config.build_task()
@@ -328,6 +328,9 @@ def _check_fit(config: RunConfig) -> None:
             f"{task.max_len} tokens": config.model.max_len >= task.max_len,
             f"model.vocab_size is {config.model.vocab_size}, but {task.name} has "
             f"{task.vocab_size} token ids": config.model.vocab_size >= task.vocab_size,
+            "the validation split is the test split, so train.tested=best would choose by test "
+            "scores: add train.tested=last": config.train.tested == "last"
+            or not task.validation_is_test,
             f"the encoder attends in both directions, but attention={name} with these options "
             f"has only these forms: {forms}": "self" in patterns,
         }

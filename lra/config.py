@@ -23,30 +23,30 @@ class ModelConfig:
     heads: int
     head_dim: int
     ffn_dim: int
-    classifier_dim: int
+    classifier_dims: tuple[int, ...]
     vocab_size: int
     max_len: int
     dropout: float
     attention_dropout: float
-    pooling: Literal["mean_all", "mean_valid"]
+    positions: Literal["learned", "sinusoidal"]
+    projection_bias: bool
+    norm_eps: float
+    init: Literal["normal", "xavier"]
+    pooling: Literal["mean_all", "mean_valid", "mean", "first", "cls"]
+    zero_is_padding: bool
+    nli_features: bool
 
     def __post_init__(self) -> None:
+        sizes = ("layers", "dim", "heads", "head_dim", "ffn_dim", "vocab_size", "max_len")
         require(
             {
-                "layers, dim, heads, head_dim, ffn_dim, classifier_dim, vocab_size and max_len "
-                "must be at least 1": min(
-                    self.layers,
-                    self.dim,
-                    self.heads,
-                    self.head_dim,
-                    self.ffn_dim,
-                    self.classifier_dim,
-                    self.vocab_size,
-                    self.max_len,
+                f"{', '.join(sizes)} and each of classifier_dims must be at least 1": min(
+                    *(getattr(self, name) for name in sizes), *self.classifier_dims
                 )
                 >= 1,
                 "dropout must lie in [0, 1)": 0 <= self.dropout < 1,
                 "attention_dropout must lie in [0, 1)": 0 <= self.attention_dropout < 1,
+                "norm_eps must be positive and finite": 0 < self.norm_eps < math.inf,
             }
         )
 
@@ -61,6 +61,8 @@ class TrainConfig:
         lr: Peak learning rate.
         schedule: ``one_cycle``: linear from lr/25 to lr at the end of the warm-up, then linear
             down to lr/250,000 at the last step (torch's OneCycleLR with linear annealing).
+            ``rsqrt``: lr min(1, s/w) / sqrt(max(s, w)) in step s, with w warm-up steps. ``cosine``:
+            lr min(1, s/w) (1 + cos(pi max(0, s - w) / steps)) / 2.
         warmup_steps: Steps until the peak.
         weight_decay: Decoupled weight decay (AdamW).
         betas: AdamW's averaging coefficients.
@@ -69,22 +71,26 @@ class TrainConfig:
             that of ``betas``.
         eps: AdamW's epsilon.
         clip_norm: Largest global gradient norm; 0 for no clipping.
+        clip_value: Largest absolute value of a gradient's element; 0 for no clipping.
         eval_every: Steps between evaluations of the whole validation set.
         tested: Which weights are tested: those of the best validation step, or the last.
+        best_from: Validation scores of earlier steps cannot be the best.
     """
 
     steps: int
     batch_size: int
     lr: float
-    schedule: Literal["one_cycle"]
+    schedule: Literal["one_cycle", "rsqrt", "cosine"]
     warmup_steps: int
     weight_decay: float
     betas: tuple[float, float]
     beta1_cycle: tuple[float, float] | None
     eps: float
     clip_norm: float
+    clip_value: float
     eval_every: int
     tested: Literal["best", "last"]
+    best_from: int
 
     def __post_init__(self) -> None:
         require(
@@ -97,9 +103,14 @@ class TrainConfig:
                 "betas and beta1_cycle must lie in [0, 1)": all(
                     0 <= beta < 1 for beta in (*self.betas, *(self.beta1_cycle or ()))
                 ),
-                "warmup_steps must lie in [0, steps)": 0 <= self.warmup_steps < self.steps,
-                "weight_decay, eps and clip_norm must be finite and not negative": all(
-                    0 <= value < math.inf for value in (self.weight_decay, self.eps, self.clip_norm)
+                "warmup_steps must not be negative": self.warmup_steps >= 0,
+                "warmup_steps must be below steps with schedule=one_cycle": self.warmup_steps
+                < self.steps
+                or self.schedule != "one_cycle",
+                "best_from must lie in [0, steps]": 0 <= self.best_from <= self.steps,
+                "weight_decay, eps, clip_norm and clip_value must be finite and not negative": all(
+                    0 <= value < math.inf
+                    for value in (self.weight_decay, self.eps, self.clip_norm, self.clip_value)
                 ),
             }
         )

@@ -71,7 +71,8 @@ class Record:
         hash: Identity of the setting without its seed; records of different hash never average.
         protocol: Name of the protocol.
         modified: Overridden keys of the protocol: [its value, the run's value].
-        task: Name, version, fingerprint, data hash, splits, chance, baselines on the test split.
+        task: Name, version, fingerprint, chance, whether the test split is the validation split,
+            and of the data its hash, source, splits, and baselines on the test split.
         attention: Name, options, and those that are not default.
         seed: Seed of the run.
         config: The whole resolved configuration.

@@ -79,6 +79,7 @@ def new_record(config: RunConfig) -> Record:
             "version": task.version,
             "fingerprint": task.fingerprint,
             "chance": task.chance,
+            "validation_is_test": task.validation_is_test,
         },
         attention={
             "name": config.attention["name"],
@@ -128,6 +129,7 @@ def _run_recorded(config: RunConfig, current: Record, folder: Path, data_hash: s
             _check_data(prepared, folder, data_hash)
             current.task |= {
                 "data_hash": prepared.manifest["hash"],
+                "source": prepared.manifest["source"],
                 "splits": prepared.manifest["splits"],
                 "baselines": prepared.manifest["baselines"],
             }

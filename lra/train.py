@@ -81,7 +81,7 @@ class Trainer:
         self.clock.carry(self.state.seconds)
         self.data = {name: Batches(split, device) for name, split in prepared.splits.items()}
         self.pieces = resolve_micro_batches(
-            config.micro_batches, config.train.batch_size, self.data["train"].lengths, device
+            config.micro_batches, config.train.batch_size, self.data["train"].widths, device
         )
 
         self.tracker = Tracker(config.wandb if config.tracker == "wandb" else None, record, folder)
@@ -168,6 +168,8 @@ class Trainer:
             (loss / size).backward()
             correct = (logits.detach().argmax(-1) == piece.labels).sum()
             self.sums += torch.stack([loss.detach().double(), correct.double()])
+        if train.clip_value:
+            nn.utils.clip_grad_value_(self.model.parameters(), train.clip_value)
         if train.clip_norm:
             nn.utils.clip_grad_norm_(self.model.parameters(), train.clip_norm)
         self.optimizer.step()
@@ -212,7 +214,8 @@ class Trainer:
         self.tracker.log(metrics, state.step)
         bar.set_postfix(loss=f"{metrics['train_loss']:.3f}", val=f"{score.accuracy:.1%}")
         state.last = asdict(score)
-        if state.best is None or score.accuracy > state.best["accuracy"]:
+        best = state.best["accuracy"] if state.best else -1.0
+        if state.step >= self.config.train.best_from and score.accuracy > best:
             state.best = asdict(score)
             state.best_model = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         state.evaluated, state.train_seen = state.step, 0
@@ -342,6 +345,11 @@ def build_model(config: RunConfig, task: Task, attention: str | None = None) -> 
         max_len=model.max_len,
         dropout=model.dropout,
         attention_dropout=model.attention_dropout,
+        positions=model.positions,
+        cls=model.pooling == "cls",
+        projection_bias=model.projection_bias,
+        norm_eps=model.norm_eps,
+        init=model.init,
     )
     options: dict[str, Any] = {} if attention else config.attention_options
     return Classifier(
@@ -349,8 +357,11 @@ def build_model(config: RunConfig, task: Task, attention: str | None = None) -> 
         attention or config.attention["name"],
         options,
         num_classes=task.num_classes,
-        head_dim=model.classifier_dim,
+        head_dims=model.classifier_dims,
         pooling=model.pooling,
+        zero_is_padding=model.zero_is_padding,
+        dual=task.dual,
+        nli_features=model.nli_features,
     )
 
 
@@ -362,9 +373,16 @@ def count_parameters(model: nn.Module) -> int:
 def learning_rate(train: TrainConfig, step: int) -> float:
     """Returns the learning rate of optimiser step ``step`` (from 0); see ``TrainConfig.schedule``.
 
-    Equals torch's OneCycleLR with pct_start = warmup_steps / steps and linear annealing.
+    ``one_cycle`` equals torch's OneCycleLR with pct_start = warmup_steps / steps and linear
+    annealing.
     """
-    return _one_cycle(train, step, train.lr / 25, train.lr, train.lr / 25 / 1e4)
+    if train.schedule == "one_cycle":
+        return _one_cycle(train, step, train.lr / 25, train.lr, train.lr / 25 / 1e4)
+    warm = max(1, train.warmup_steps)
+    rate = train.lr * min(1.0, step / warm)
+    if train.schedule == "rsqrt":
+        return rate / math.sqrt(max(step, warm))
+    return rate * (1 + math.cos(math.pi * (max(0, step - warm) / train.steps % 1))) / 2
 
 
 def beta1(train: TrainConfig, step: int) -> float:

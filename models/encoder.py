@@ -3,8 +3,9 @@
 Shapes: B batch, N positions, C model dimension.
 """
 
+import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,6 @@ from torch import Tensor, nn
 from models.attention import build_attention
 from models.dropout import Dropout
 
-NORM_EPS = 1e-5
 INIT_STD = 0.02
 
 
@@ -27,9 +27,17 @@ class EncoderShape:
         head_dim: Dimension of a head.
         ffn_dim: Hidden dimension of the feed-forward layer.
         vocab_size: Rows of the embedding table.
-        max_len: Number of learned positions.
+        max_len: The largest number of tokens.
         dropout: Dropout probability of embeddings and residual branches.
         attention_dropout: Dropout probability inside the attention, where it defines one.
+        positions: A ``learned`` table, or ``sinusoidal``: sine in even and cosine in odd channels
+            (Vaswani et al. 2017).
+        cls: Whether a learned vector is put before the tokens; it has a position of its own.
+        projection_bias: Whether query, key, value and output projections have a bias.
+        norm_eps: Epsilon of the layer norms.
+        init: ``normal``: embeddings N(0, 0.02), linear maps as torch makes them. ``xavier``, as in
+            the arena's JAX code: token embeddings N(0, 1), linear maps Xavier-uniform with biases
+            N(0, 1e-6). Learned positions are N(0, 0.02) in both.
     """
 
     layers: int
@@ -41,10 +49,20 @@ class EncoderShape:
     max_len: int
     dropout: float
     attention_dropout: float
+    positions: Literal["learned", "sinusoidal"]
+    cls: bool
+    projection_bias: bool
+    norm_eps: float
+    init: Literal["normal", "xavier"]
+
+    @property
+    def num_positions(self) -> int:
+        """The length of the longest sequence that the blocks see."""
+        return self.max_len + self.cls
 
 
 class MultiHeadAttention(nn.Module):
-    """Query, key, value and output projections (with bias) around a mechanism."""
+    """Query, key, value and output projections around a mechanism."""
 
     def __init__(self, shape: EncoderShape, attention: str, options: dict[str, Any]) -> None:
         super().__init__()
@@ -52,7 +70,7 @@ class MultiHeadAttention(nn.Module):
             attention,
             num_heads=shape.heads,
             head_dim=shape.head_dim,
-            max_len=shape.max_len,
+            max_len=shape.num_positions,
             model_dim=shape.dim,
             dropout=shape.attention_dropout,
             **options,
@@ -61,8 +79,15 @@ class MultiHeadAttention(nn.Module):
         # One product makes queries, keys (unless queries serve as keys) and values.
         self.parts = 2 if self.attention.capabilities.shared_query_key else 3
         inner = shape.heads * shape.head_dim
-        self.project = nn.Linear(shape.dim, self.parts * inner)
-        self.out = nn.Linear(inner, shape.dim)
+        self.project = nn.Linear(shape.dim, self.parts * inner, bias=shape.projection_bias)
+        self.out = nn.Linear(inner, shape.dim, bias=shape.projection_bias)
+        if shape.init == "xavier":
+            for part in self.project.weight.chunk(self.parts):
+                nn.init.xavier_uniform_(part)
+            nn.init.xavier_uniform_(self.out.weight)
+            for linear in (self.project, self.out):
+                if linear.bias is not None:
+                    nn.init.normal_(linear.bias, std=1e-6)
 
     def forward(self, x: Tensor, key_mask: Tensor | None) -> Tensor:
         """Maps (B, N, C) to (B, N, C); ``key_mask`` is bool (B, N), True for real tokens."""
@@ -78,9 +103,9 @@ class Block(nn.Module):
 
     def __init__(self, shape: EncoderShape, attention: str, options: dict[str, Any]) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(shape.dim, eps=NORM_EPS)
+        self.attention_norm = nn.LayerNorm(shape.dim, eps=shape.norm_eps)
         self.attention = MultiHeadAttention(shape, attention, options)
-        self.ffn_norm = nn.LayerNorm(shape.dim, eps=NORM_EPS)
+        self.ffn_norm = nn.LayerNorm(shape.dim, eps=shape.norm_eps)
         self.ffn = nn.Sequential(
             nn.Linear(shape.dim, shape.ffn_dim),
             nn.GELU(),
@@ -88,6 +113,10 @@ class Block(nn.Module):
             nn.Linear(shape.ffn_dim, shape.dim),
             Dropout(shape.dropout),
         )
+        if shape.init == "xavier":
+            for linear in (self.ffn[0], self.ffn[3]):
+                nn.init.xavier_uniform_(linear.weight)
+                nn.init.normal_(linear.bias, std=1e-6)
         self.dropout = Dropout(shape.dropout)
 
     def forward(self, x: Tensor, key_mask: Tensor | None) -> Tensor:
@@ -97,25 +126,48 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Token and learned position embeddings, blocks and a final norm."""
+    """Token and position embeddings, a CLS vector where asked for, blocks and a final norm."""
 
     def __init__(self, shape: EncoderShape, attention: str, options: dict[str, Any]) -> None:
         super().__init__()
         self.tokens = nn.Embedding(shape.vocab_size, shape.dim)
-        self.positions = nn.Embedding(shape.max_len, shape.dim)
-        for table in (self.tokens, self.positions):
-            nn.init.normal_(table.weight, std=INIT_STD)
+        learned = shape.positions == "learned"
+        if learned:
+            self.positions = nn.Embedding(shape.num_positions, shape.dim)
+        else:
+            self.positions = nn.Embedding.from_pretrained(sinusoids(shape.num_positions, shape.dim))
+        nn.init.normal_(self.tokens.weight, std=1.0 if shape.init == "xavier" else INIT_STD)
+        if learned:
+            nn.init.normal_(self.positions.weight, std=INIT_STD)
+        self.cls = nn.Parameter(torch.zeros(shape.dim)) if shape.cls else None
         self.dropout = Dropout(shape.dropout)
         self.blocks = nn.ModuleList(Block(shape, attention, options) for _ in range(shape.layers))
-        self.norm = nn.LayerNorm(shape.dim, eps=NORM_EPS)
+        self.norm = nn.LayerNorm(shape.dim, eps=shape.norm_eps)
 
     def forward(self, tokens: Tensor, key_mask: Tensor | None) -> Tensor:
-        """Maps token ids (B, N) to (B, N, C); rows of padding are unspecified."""
-        x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
-        x = self.dropout(x)
+        """Maps token ids (B, N) to (B, N, C), or (B, 1 + N, C) with a CLS vector first.
+
+        Args:
+            tokens: Token ids.
+            key_mask: Bool (B, N), True where a token may be attended to; None for all. Rows of
+                others attend as any row does; rows of padding mean nothing.
+        """
+        x = self.tokens(tokens)
+        if self.cls is not None:
+            x = torch.cat([self.cls.expand(len(x), 1, -1), x], 1)
+            if key_mask is not None:
+                key_mask = nn.functional.pad(key_mask, (1, 0), value=True)
+        x = self.dropout(x + self.positions.weight[: x.shape[1]])
         for block in self.blocks:
             x = block(x, key_mask)
         return self.norm(x)
+
+
+def sinusoids(length: int, dim: int) -> Tensor:
+    """Returns sinusoidal positions (length, dim): sin and cos of p / 10,000^(2i / dim)."""
+    rates = torch.exp(torch.arange(0, dim, 2) * (-math.log(10_000) / dim))
+    angles = torch.arange(length)[:, None] * rates
+    return torch.stack([angles.sin(), angles.cos()], -1).flatten(1)[:, :dim]
 
 
 def resample(model: nn.Module, generator: torch.Generator) -> None:

@@ -87,8 +87,10 @@ def test_nystroms_listops_is_that_of_the_published_code():
         "beta1_cycle": (0.95, 0.85),
         "eps": 1e-6,
         "clip_norm": 0.0,
+        "clip_value": 0.0,
         "eval_every": 50,
         "tested": "best",
+        "best_from": 0,
     }
     assert dataclasses.asdict(config.model) == {
         "layers": 2,
@@ -96,12 +98,18 @@ def test_nystroms_listops_is_that_of_the_published_code():
         "heads": 2,
         "head_dim": 32,
         "ffn_dim": 128,
-        "classifier_dim": 128,
+        "classifier_dims": (128,),
         "vocab_size": 32,
         "max_len": 2048,
         "dropout": 0.1,
         "attention_dropout": 0.1,
+        "positions": "learned",
+        "projection_bias": True,
+        "norm_eps": 1e-5,
+        "init": "normal",
         "pooling": "mean_all",
+        "zero_is_padding": False,
+        "nli_features": True,
     }
     task = config.build_task().config
     assert (task.num_train, task.num_val, task.num_test) == (96_000, 2_000, 2_000)
@@ -264,10 +272,11 @@ TYPES = {
 RANGES = {
     "train.steps=0": ["train: steps", "must be at least 1"],
     "train.lr=nan": ["train: lr must be positive"],
-    "train.eps=-1": ["train: weight_decay, eps and clip_norm must be finite and not negative"],
+    "train.eps=-1": ["train: weight_decay, eps, clip_norm and clip_value must be finite and not"],
+    "train.best_from=5001": ["train: best_from must lie in [0, steps]"],
     "train.betas=[0.9,1]": ["train: betas and beta1_cycle must lie in [0, 1)"],
     "task.num_test=0": ["task: num_train, num_val and num_test must be at least 1"],
-    "train.warmup_steps=-1": ["train: warmup_steps must lie in [0, steps)"],
+    "train.warmup_steps=-1": ["train: warmup_steps must not be negative"],
     "model.dropout=1": ["model: dropout must lie in [0, 1)"],
     "model.attention_dropout=-0.1": ["model: attention_dropout must lie in [0, 1)"],
     "model.layers=0": ["model: layers", "must be at least 1"],
@@ -293,7 +302,7 @@ DISAGREEMENTS = {
         pytest.param(RANGES, id="ranges"),
         pytest.param(RUN_RANGES, id="ranges of the run"),
         pytest.param(DISAGREEMENTS, id="disagreements"),
-        pytest.param({"train.warmup_steps=5000": ["warmup_steps must lie in [0, steps)"]}, id="=="),
+        pytest.param({"train.warmup_steps=5000": ["warmup_steps must be below steps"]}, id="=="),
         pytest.param({"train.lr=0": ["train: lr must be positive"]}, id="zero"),
         pytest.param({"task.num_train=x": ["task.num_train must be int, not str 'x'"]}, id="task"),
         pytest.param({"listops": ["Cannot read 'listops'", "key=value"]}, id="no assignment"),
@@ -421,12 +430,18 @@ OTHER_MODEL = {
     "heads": 3,
     "head_dim": 9,
     "ffn_dim": 33,
-    "classifier_dim": 17,
+    "classifier_dims": (17,),
     "vocab_size": 33,
     "max_len": 65,
     "dropout": 0.25,
     "attention_dropout": 0.25,
+    "positions": "sinusoidal",
+    "projection_bias": False,
+    "norm_eps": 0.25,
+    "init": "xavier",
     "pooling": "mean_all",
+    "zero_is_padding": True,
+    "nli_features": False,
 }
 OTHER_TRAIN = {
     "steps": 21,
@@ -439,8 +454,10 @@ OTHER_TRAIN = {
     "beta1_cycle": None,
     "eps": 0.25,
     "clip_norm": 0.25,
+    "clip_value": 0.25,
     "eval_every": 6,
     "tested": "last",
+    "best_from": 7,
 }
 
 

@@ -1,6 +1,7 @@
 """The classifier and its batches: sizes, padding, pooling, and micro-batches that are the batch."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from lra.tasks.base import Split
 from lra.train import count_parameters
 from models.classifier import Classifier
 from models.dropout import Dropout
-from models.encoder import EncoderShape
+from models.encoder import EncoderShape, sinusoids
 
 CPU = torch.device("cpu")
 deterministic = settings(derandomize=True, deadline=None, max_examples=60)
@@ -30,6 +31,11 @@ LISTOPS = EncoderShape(
     max_len=2048,
     dropout=0.1,
     attention_dropout=0.1,
+    positions="learned",
+    cls=False,
+    projection_bias=True,
+    norm_eps=1e-5,
+    init="normal",
 )
 """The ListOps model of Nystromformer's code."""
 
@@ -43,6 +49,11 @@ SMALL = EncoderShape(
     max_len=64,
     dropout=0.0,
     attention_dropout=0.0,
+    positions="learned",
+    cls=False,
+    projection_bias=True,
+    norm_eps=1e-5,
+    init="normal",
 )
 
 ATTENTIONS = {
@@ -57,12 +68,15 @@ for_every_attention = pytest.mark.parametrize("attention", ATTENTIONS)
 for_both_poolings = pytest.mark.parametrize("pooling", ["mean_all", "mean_valid"])
 
 
-def classifier(attention="cosformer", pooling="mean_all", shape=SMALL, dtype=torch.float64):
+def classifier(
+    attention="cosformer", pooling="mean_all", shape=SMALL, dtype=torch.float64, **changed
+):
     """Builds a classifier in evaluation mode; the same weights each time."""
     torch.manual_seed(0)
     name, options = ATTENTIONS[attention]
-    model = Classifier(shape, name, options, num_classes=10, head_dim=128, pooling=pooling)
-    return model.to(dtype).eval()
+    head = {"num_classes": 10, "head_dims": [128], "pooling": pooling, "zero_is_padding": False}
+    head |= {"dual": False, "nli_features": False}
+    return Classifier(shape, name, options, **head | changed).to(dtype).eval()
 
 
 def sequences(*lengths, seed=0):
@@ -223,6 +237,143 @@ def test_pooling_over_holes_counts_the_real_tokens():
     encoded, pooled = encoded_and_pooled(classifier(pooling="mean_valid"), tokens, key_mask)
     expected = (encoded[:, 0] + encoded[:, 2]) / 2
     torch.testing.assert_close(pooled, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_plain_mean_takes_all_positions_but_right_padding():
+    model = classifier(pooling="mean", zero_is_padding=True)
+    tokens, key_mask = padded([torch.tensor([3, 0, 4, 0]), torch.tensor([5, 6])], 4)
+    encoded, pooled = encoded_and_pooled(model, tokens, key_mask)
+    expected = torch.stack([encoded[0].mean(0), encoded[1, :2].mean(0)])
+    torch.testing.assert_close(pooled, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_first_position_is_that_of_the_first_token():
+    tokens, key_mask = padded(sequences(5, 9), 12)
+    encoded, pooled = encoded_and_pooled(classifier(pooling="first"), tokens, key_mask)
+    assert encoded.shape[1] == 12
+    assert torch.equal(pooled, encoded[:, 0])
+
+
+WITH_CLS = dataclasses.replace(SMALL, cls=True)
+
+
+@pytest.mark.parametrize("attention", ["softmax", "cosformer"])
+def test_a_cls_vector_stands_before_the_tokens_and_is_pooled(attention):
+    model = classifier(attention, "cls", WITH_CLS)
+    tokens, key_mask = padded(sequences(5, 9), 12)
+    encoded, pooled = encoded_and_pooled(model, tokens, key_mask)
+    assert encoded.shape[1] == 13
+    assert torch.equal(pooled, encoded[:, 0])
+    for example, logits in zip(sequences(5, 9), model(tokens, key_mask), strict=True):
+        torch.testing.assert_close(model(example[None], None)[0], logits, rtol=1e-9, atol=1e-12)
+
+
+def test_a_cls_vector_costs_itself_and_a_position():
+    def size(shape):
+        return count_parameters(classifier(shape=shape))
+
+    assert size(WITH_CLS) - size(SMALL) == 2 * SMALL.dim
+    (tokens,) = sequences(SMALL.max_len)
+    assert classifier(pooling="cls", shape=WITH_CLS)(tokens[None], None).isfinite().all()
+
+
+# Token 0
+
+
+@for_every_attention
+def test_token_0_is_as_good_as_masked_where_it_is_padding(attention):
+    tokens = torch.tensor([[0, 3, 0, 0, 4, 5, 0]])
+    masked = classifier(attention, "mean_valid", zero_is_padding=True)(tokens, None)
+    by_hand = classifier(attention, "mean_valid")(tokens, tokens != 0)
+    torch.testing.assert_close(masked, by_hand, rtol=1e-12, atol=1e-12)
+    seen = classifier(attention, "mean_valid")(tokens, None)
+    assert not torch.allclose(masked, seen, rtol=1e-3)
+
+
+def test_an_example_of_nothing_but_padding_has_finite_logits_and_gradients():
+    model = classifier("softmax", "mean_valid", zero_is_padding=True)
+    logits = model(torch.zeros(2, 5, dtype=torch.long), None)
+    logits.sum().backward()
+    assert logits.isfinite().all()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+# Positions and initial weights
+
+
+def test_sinusoidal_positions_are_those_of_the_formula_and_are_not_trained():
+    table = sinusoids(50, 6)
+    for at in (0, 1, 17, 49):
+        for channel in range(6):
+            angle = at / 10_000 ** (2 * (channel // 2) / 6)
+            expected = math.sin(angle) if channel % 2 == 0 else math.cos(angle)
+            assert table[at, channel].item() == pytest.approx(expected, abs=1e-5)
+    learned = count_parameters(classifier())
+    fixed = count_parameters(classifier(shape=dataclasses.replace(SMALL, positions="sinusoidal")))
+    assert learned - fixed == SMALL.max_len * SMALL.dim
+
+
+def test_xavier_is_uniform_with_the_fan_of_each_projection_and_small_biases():
+    shape = dataclasses.replace(LISTOPS, dim=256, ffn_dim=512, init="xavier", head_dim=64)
+    model = classifier("softmax", shape=shape)
+    block = model.encoder.blocks[0]
+    weights = [*block.attention.project.weight.chunk(3), block.attention.out.weight]
+    weights += [block.ffn[0].weight, block.ffn[3].weight]
+    for weight in weights:
+        bound = (6 / sum(weight.shape)) ** 0.5
+        assert 0.99 * bound < weight.abs().max() <= bound
+        assert weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.02)
+    assert block.ffn[0].bias.abs().max() < 1e-5
+    assert model.encoder.tokens.weight.std().item() == pytest.approx(1, rel=0.05)
+    first, last = model.head[0], model.head[2]
+    assert first.weight.std().item() == pytest.approx(256**-0.5, rel=0.05)
+    assert last.weight.std().item() == pytest.approx(128**-0.5, rel=0.1)
+    assert not first.bias.any()
+
+
+def test_projections_without_bias_have_none():
+    model = classifier("softmax", shape=dataclasses.replace(SMALL, projection_bias=False))
+    attention = model.encoder.blocks[0].attention
+    assert attention.project.bias is attention.out.bias is None
+    difference = count_parameters(classifier("softmax")) - count_parameters(model)
+    assert difference == SMALL.layers * 4 * SMALL.dim
+
+
+# Two sequences an example
+
+
+def pairs_of(count=3):
+    """Returns (B, 2, N) tokens and key mask of pairs of different lengths."""
+    rows = [padded(sequences(4 + i, 9 - i, seed=i), 10) for i in range(count)]
+    return torch.stack([tokens for tokens, _ in rows]), torch.stack([mask for _, mask in rows])
+
+
+@pytest.mark.parametrize("nli_features", [False, True])
+def test_a_dual_model_encodes_both_sequences_alike_and_its_head_sees_both(nli_features):
+    model = classifier("softmax", "mean_valid", dual=True, nli_features=nli_features)
+    single = classifier("softmax", "mean_valid", head_dims=[7])
+    single.encoder.load_state_dict(model.encoder.state_dict())
+    tokens, key_mask = pairs_of()
+    x1, x2 = (
+        encoded_and_pooled(single, tokens[:, i], key_mask[:, i])[1].detach() for i in range(2)
+    )
+    features = [x1, x2, x1 * x2, x1 - x2] if nli_features else [x1, x2]
+    expected = model.head(torch.cat(features, -1))
+    torch.testing.assert_close(model(tokens, key_mask), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_pairs_of_one_length_need_no_mask():
+    model = classifier("cosformer", "mean_valid", dual=True, nli_features=True)
+    tokens = pairs_of()[0] % 11 + 1
+    full = torch.ones_like(tokens, dtype=torch.bool)
+    torch.testing.assert_close(model(tokens, None), model(tokens, full), rtol=1e-9, atol=1e-12)
+
+
+def test_the_head_has_as_many_layers_as_it_is_given():
+    model = classifier(dual=True, head_dims=[20, 6])
+    sizes = [(layer.in_features, layer.out_features) for layer in model.head[::2]]
+    assert sizes == [(32, 20), (20, 6), (6, 10)]
+    assert [type(layer).__name__ for layer in model.head[1::2]] == ["ReLU", "ReLU"]
 
 
 # Batches
@@ -431,3 +582,47 @@ def test_micro_batches_have_the_loss_and_gradient_of_the_whole_batch(
     whole_loss, whole_gradient = loss_and_gradient(model, [(tokens, key_mask, labels)])
     assert loss == pytest.approx(whole_loss, rel=tolerance)
     assert (gradient - whole_gradient).norm() <= tolerance * whole_gradient.norm()
+
+
+# Batches of pairs
+
+
+def split_of_pairs(count=30, seed=0):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, 12, 2 * count)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    tokens = rng.integers(1, SMALL.vocab_size, offsets[-1]).astype(np.uint8)
+    return Split.of(tokens, offsets, rng.integers(0, 2, count).astype(np.uint8))
+
+
+def test_pairs_are_padded_to_the_longest_sequence_of_any():
+    split = split_of_pairs()
+    data = Batches(split, CPU)
+    assert data.widths.tolist() == (2 * split.lengths.max(1)).tolist()
+    for batch in [*data.training(0, 12, 3, seed=0), *data.evaluation()]:
+        indices = batch.indices.tolist()
+        width = split.lengths[indices].max()
+        assert batch.tokens.shape == batch.key_mask.shape == (len(indices), 2, width)
+        assert batch.num_tokens == split.lengths[indices].sum()
+        assert batch.labels.tolist() == split.labels[indices].tolist()
+        for pair, mask, index in zip(batch.tokens, batch.key_mask, indices, strict=True):
+            for part in range(2):
+                assert pair[part][mask[part]].tolist() == split[index, part].tolist()
+                assert not pair[part][~mask[part]].any()
+
+
+def test_every_pair_is_evaluated_once():
+    split = split_of_pairs()
+    seen = [i for batch in Batches(split, CPU).evaluation() for i in batch.indices.tolist()]
+    assert sorted(seen) == list(range(len(split)))
+
+
+def test_micro_batches_of_pairs_have_the_gradient_of_the_whole_batch():
+    split = split_of_pairs()
+    model = classifier("cosformer", "mean_valid", dual=True, nli_features=True)
+    data = Batches(split, CPU)
+    whole = loss_and_gradient(model, [data.gather(np.arange(30))[:3]])
+    order = np.argsort(-data.widths)
+    pieces = loss_and_gradient(model, [data.gather(p)[:3] for p in np.array_split(order, 4)])
+    assert pieces[0] == pytest.approx(whole[0], rel=1e-12)
+    torch.testing.assert_close(pieces[1], whole[1], rtol=1e-9, atol=1e-12)

@@ -295,9 +295,15 @@ def test_a_departure_from_the_protocol_is_marked_and_told(make):
     assert "* departs from the protocol" in made.markdown
 
 
+def test_validation_on_the_test_split_is_marked(make):
+    made = make(run(task=TASK | DATA | {"validation_is_test": True}))
+    assert made.names[0] == "softmax§"
+    assert "§ legacy validation" in made.markdown
+
+
 def test_marks_that_nothing_bears_are_not_explained(make):
     markdown = make(run()).markdown
-    assert [mark for mark in ("†", "‡", "departs") if mark in markdown] == []
+    assert [mark for mark in ("†", "‡", "§", "departs") if mark in markdown] == []
 
 
 def test_the_csv_holds_names_without_marks(make):

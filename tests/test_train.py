@@ -51,6 +51,31 @@ def test_the_schedule_is_torch_s_one_cycle_with_linear_annealing(smoke, steps, w
     np.testing.assert_allclose([beta1(train, step) for step in range(steps)], momenta, rtol=1e-9)
 
 
+def test_the_inverse_square_root_schedule_is_that_of_the_arena_s_code(smoke):
+    """The peaks are those that the released settings lead to."""
+
+    def rate(step, warmup, lr=0.05):
+        settings = ("train.schedule=rsqrt", f"train.warmup_steps={warmup}", f"train.lr={lr}")
+        return learning_rate(load(smoke(*settings, "train.steps=20000")).train, step)
+
+    assert rate(0, 1000) == 0
+    assert rate(500, 1000) == pytest.approx(0.05 * 0.5 / 1000**0.5)
+    assert rate(1000, 1000) == pytest.approx(1.58e-3, rel=2e-3)  # ListOps
+    assert rate(8000, 8000) == pytest.approx(5.6e-4, rel=5e-3)  # Text
+    assert rate(20_000, 8000) == pytest.approx(3.5e-4, rel=2e-2)
+    assert rate(5000, 8000) == pytest.approx(3.5e-4, rel=5e-3)  # Retrieval, still warming up
+
+
+def test_the_cosine_schedule_is_that_of_the_arena_s_code(smoke):
+    settings = ("train.schedule=cosine", "train.warmup_steps=175", "train.steps=35000")
+    train = load(smoke(*settings, "train.lr=5e-4")).train
+    assert learning_rate(train, 0) == 0
+    assert learning_rate(train, 70) == pytest.approx(5e-4 * 0.4)
+    assert learning_rate(train, 175) == pytest.approx(5e-4)
+    assert learning_rate(train, 175 + 17_500) == pytest.approx(2.5e-4)
+    assert learning_rate(train, 175 + 8_750) == pytest.approx(2.5e-4 * (1 + 0.5**0.5))
+
+
 def test_a_run_without_warm_up_starts_at_the_peak(smoke):
     train = load(smoke("train.warmup_steps=0")).train
     assert learning_rate(train, 0) == pytest.approx(train.lr, rel=0.06)
@@ -83,6 +108,26 @@ def test_the_gradient_is_clipped_to_its_global_norm(smoke, tmp_path, monkeypatch
     monkeypatch.setattr(clipped.optimizer, "step", note)
     clipped._step()
     assert norms == [pytest.approx(0.01, rel=1e-3)]
+
+
+def test_elements_of_the_gradient_are_clipped_to_a_value(smoke, tmp_path, monkeypatch):
+    clipped = trainer(smoke("train.clip_value=1e-4"), tmp_path / "clipped")
+    largest = []
+    take = clipped.optimizer.step
+
+    def note():
+        largest.append(max(float(p.grad.abs().max()) for p in clipped.model.parameters()))
+        take()
+
+    monkeypatch.setattr(clipped.optimizer, "step", note)
+    clipped._step()
+    assert largest == [pytest.approx(1e-4)]
+
+
+def test_earlier_validation_scores_than_asked_for_cannot_be_the_best(smoke, tmp_path):
+    late = trainer(smoke("train.best_from=20", "train.tested=best"), tmp_path / "late")
+    late.fit()
+    assert late.state.best["step"] == 20
 
 
 def test_random_draws_depend_on_the_step_and_nothing_before_it(smoke, tmp_path):

@@ -9,12 +9,13 @@ import pandas as pd
 from lra.record import Record
 
 DASH = "–"
-NOT_LEARNED, LARGER, MODIFIED = "†", "‡", "*"
+NOT_LEARNED, LARGER, MODIFIED, LEGACY = "†", "‡", "*", "§"
 
 MARKS = {
     NOT_LEARNED: "not learned: the 95 % interval of a run reaches the majority class",
     LARGER: "more than 110 % of the parameters of the softmax model",
     MODIFIED: "departs from the protocol, as said in brackets",
+    LEGACY: "legacy validation: the test split was also the validation split; the last step counts",
 }
 
 COLUMNS = {
@@ -149,6 +150,8 @@ def _row(records: Sequence[Record]) -> dict[str, Any]:
     }
     if row["ratio"] and row["ratio"] > 1.1:
         row["marks"] += LARGER
+    if first.task.get("validation_is_test"):
+        row["marks"] += LEGACY
     scores = [r.test for r in done if r.test]
     if not scores:
         return row
