@@ -112,9 +112,12 @@ def _other(arguments: list[str]) -> int:
     command.add_argument("--out", type=Path, default=Path("results"), help="folder to write to")
     command = commands.add_parser("data", help="say what data is there, or prepare a task's")
     command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="task=NAME prepares it")
-    command = commands.add_parser("ls", help="list names, capabilities and options")
+    command = commands.add_parser("ls", help="list names, capabilities, options and data")
     command.add_argument(
-        "what", nargs="*", metavar="WHAT", help="attention, attention=NAME or task=NAME"
+        "what",
+        nargs="*",
+        metavar="WHAT",
+        help="attention, attention=NAME, task=NAME [protocol=NAME]",
     )
     command = commands.add_parser("check", help="check that an attention keeps its contract")
     command.add_argument(

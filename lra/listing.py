@@ -1,6 +1,7 @@
 """What is there: `lra ls` (names, capabilities, options) and `lra data` (prepared data)."""
 
 import inspect
+import json
 import re
 import shlex
 import textwrap
@@ -9,11 +10,17 @@ from dataclasses import fields
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import numpy as np
+
 from lra.compose import conf_dir, import_plugins, load, named_plugins
+from lra.config import RunConfig
 from lra.tasks import TASKS
 from lra.text import aligned
 from lra.typed import unknown
 from models.attention import ATTENTIONS
+
+DATA_SETTINGS = ("protocol=", "task.", "data_dir=", "cache_dir=")
+"""What the data of a task follows from, beside its name."""
 
 REGISTRIES = {"task": TASKS, "attention": ATTENTIONS}
 LAYER = {"num_heads": 2, "head_dim": 32, "max_len": 2048, "model_dim": 64}
@@ -24,15 +31,18 @@ def listing(what: Sequence[str]) -> str:
 
     Args:
         what: Nothing: every name with one line on it, without importing code. ``attention``: what
-            each can do. ``attention=NAME`` or ``task=NAME``: its options. ``plugins=[...]`` with
-            any of these.
+            each can do. ``attention=NAME``: its options. ``task=NAME``: its options and the data
+            that ``protocol=``, ``task.OPTION=``, ``data_dir=`` and ``cache_dir=`` lead to.
+            ``plugins=[...]`` with any of these.
 
     Raises:
         ValueError: If there is no such thing.
     """
     import_plugins(named_plugins(list(what)))
-    asked = [word for word in what if not word.startswith("plugins=")]
-    if not asked:
+    words = [word for word in what if not word.startswith("plugins=")]
+    settings = [word for word in words if word.startswith(DATA_SETTINGS)]
+    asked = [word for word in words if word not in settings]
+    if not words:
         return _names()
     parts = []
     for word in asked:
@@ -41,8 +51,12 @@ def listing(what: Sequence[str]) -> str:
             parts.append(_capabilities())
         elif given and group in REGISTRIES:
             parts.append(_options(group, name))
+            if group == "task":
+                parts.append(_data_of(load([*(w for w in what if w not in asked), word])))
         else:
             raise ValueError(unknown("listing", word, ["attention", "attention=NAME", "task=NAME"]))
+    if settings and not any(word.startswith("task=") for word in asked):
+        raise ValueError(f"{settings[0]} says which data of a task: name it, as task=NAME.")
     return "\n\n".join(parts)
 
 
@@ -102,7 +116,7 @@ def _options(group: str, name: str) -> str:
     lines = [f"{group}={name}", "", about, ""]
     for field in fields(cls.Config):
         default = getattr(cls.Config(), field.name)
-        shown = str(default).lower() if isinstance(default, bool) else default
+        shown = json.dumps(default) if default is None or isinstance(default, bool) else default
         lines.append(f"{group}.{field.name}={shown}    {_allowed(hints[field.name])}")
         lines += textwrap.wrap(
             meanings.get(field.name, ""), 96, initial_indent="    ", subsequent_indent="    "
@@ -116,6 +130,29 @@ def _options(group: str, name: str) -> str:
             values = OmegaConf.load(path).attention.items()
             lines += [f"    attention.{key}={value}" for key, value in values]
     return "\n".join(lines)
+
+
+def _data_of(config: RunConfig) -> str:
+    """Returns what is known of the data that a run would have: sizes, lengths, balance, hash."""
+    task = config.build_task()
+    state, reason = task.state()
+    heading = f"Data with protocol={config.protocol.name}"
+    if state != "found":
+        return f"{heading}: {state}: {reason}."
+    prepared = task.prepare()
+    manifest = prepared.manifest
+    rows = [("split", "examples", "tokens: least", "mean", "most", "classes %")]
+    for name, split in prepared.splits.items():
+        lengths = split.lengths
+        counts = np.bincount(split.labels, minlength=task.num_classes)
+        shares = " ".join(f"{100 * share:.1f}" for share in counts / len(split))
+        figures = (f"{len(split):,}", f"{lengths.min():,}", f"{lengths.mean():,.1f}")
+        rows.append((name, *figures, f"{lengths.max():,}", shares))
+    rules = [f"{name} {100 * score:.2f} %" for name, score in manifest["baselines"].items()]
+    return (
+        f"{heading}: {manifest['hash']}, {manifest['source']}\n{aligned(rows)}\n"
+        f"Test accuracy of rules that learn nothing: {', '.join(rules)}.\n{task.folder}"
+    )
 
 
 def option_meanings(config: type) -> dict[str, str]:
@@ -139,6 +176,9 @@ def _allowed(hint: Any) -> str:
     if choices:
         return "one of " + ", ".join(map(str, choices))
     plain = {bool: "true or false", int: "an integer", float: "a number", str: "a text"}
+    plain[type(None)] = "null"
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(plain.get(part, str(part)) for part in get_args(hint))
     return plain.get(hint, str(hint))
 
 

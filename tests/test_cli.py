@@ -14,6 +14,7 @@ from typing import NamedTuple
 import pytest
 
 from lra.cli import main
+from lra.compose import load
 from lra.conformance import CHECKS
 from lra.record import Record
 from lra.tasks import TASKS
@@ -248,6 +249,22 @@ def test_a_plugin_with_an_option_without_default_is_one_line_everywhere(lra):
         )
 
 
+def test_ls_of_a_task_tells_its_data_once_it_is_prepared(called, cache, tmp_path):
+    missing = called(
+        "ls", "task=listops", "protocol=smoke", f"cache_dir={tmp_path / 'none'}"
+    ).stdout
+    assert "Data with protocol=smoke: missing: no folder" in missing
+    prepared = load(["protocol=smoke", f"cache_dir={cache}"]).build_task().prepare()
+    text = called("ls", "task=listops", "protocol=smoke", f"cache_dir={cache}").stdout
+    assert f"Data with protocol=smoke: {prepared.manifest['hash']}, generated, data_seed 0" in text
+    [train] = [line.split() for line in text.splitlines() if line.startswith("train ")]
+    lengths = prepared.splits["train"].lengths
+    assert train[1:5] == ["400", str(lengths.min()), f"{lengths.mean():,.1f}", str(lengths.max())]
+    assert sum(map(float, train[5:])) == pytest.approx(100, abs=0.5)
+    majority = 100 * prepared.manifest["baselines"]["majority class"]
+    assert f"majority class {majority:.2f} %" in text
+
+
 def test_ls_of_an_attention_without_options_says_so(called):
     assert "It has no options." in called("ls", "attention=softmax").stdout
 
@@ -257,7 +274,7 @@ def test_ls_of_an_attention_without_options_says_so(called):
     [
         ("attentoin", "Unknown listing 'attentoin'. Did you mean attention"),
         ("attention=cosfromer", "Unknown attention 'cosfromer'. Did you mean cosformer?"),
-        ("protocol=quick", "Unknown listing 'protocol=quick'"),
+        ("protocol=quick", "protocol=quick says which data of a task: name it, as task=NAME"),
         ("plugins=[not_there_at_all]", "not_there_at_all"),
     ],
 )

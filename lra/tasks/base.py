@@ -213,11 +213,12 @@ class Task(abc.ABC):
                 (self.folder / f"{name}.arrow", manifest["files"][f"{name}.arrow"])
                 for name in SPLITS
             ]
+            _ = manifest["source"], manifest["hash"]
             known = manifest["sources"]  # none of a data set that came from elsewhere
             expected += [(f, known[name]) for name, f in self.source_files().items() if known]
             expected = [(file, its["bytes"], its["sha256"]) for file, its in expected]
         except (OSError, ValueError, KeyError, TypeError):
-            return "damaged", f"{path} cannot be read"
+            return "damaged", f"{path} cannot be read, or lacks something"
         for file, size, sha256 in expected:
             found = file.stat().st_size if file.is_file() else -1
             if found != size:
