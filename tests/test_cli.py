@@ -194,7 +194,9 @@ def test_ls_of_a_name_shows_each_option_with_default_and_meaning(called, group):
     for name in registry.names():
         text = called("ls", f"{group}={name}").stdout
         for field in dataclasses.fields(registry.get(name).Config):
-            default = str(field.default).lower() if field.type is bool else field.default
+            default = field.default
+            if default is None or isinstance(default, bool):
+                default = json.dumps(default)
             pattern = rf"^{group}\.{field.name}={re.escape(str(default))}    \S.*\n    \S.{{10}}"
             assert re.search(pattern, text, re.MULTILINE), (name, field.name)
 
