@@ -413,6 +413,41 @@ def test_damaged_data_is_rebuilt_with_one_line_that_says_why(task, capsys, damag
     assert task.state(hashes=True)[0] == "found"
 
 
+class Sourced(Tiny):
+    """Is made from the files that are in ``data_dir``, if there are any."""
+
+    def source_files(self):
+        return {path.name: path for path in sorted(self.data_dir.glob("*.tsv"))}
+
+
+def test_data_is_made_again_where_files_that_it_was_made_from_are_others_now(tmp_path):
+    task = make(tmp_path, Sourced)
+    task.data_dir.mkdir()
+    (task.data_dir / "a.tsv").write_text("1")
+    task.prepare()
+    assert task.state() == ("found", str(task.folder))
+    (task.data_dir / "a.tsv").write_text("22")
+    state, reason = task.state()
+    assert state == "damaged"
+    assert "a.tsv has 2 bytes, not 1" in reason
+    task.prepare()
+    (task.data_dir / "b.tsv").write_text("3")
+    assert task.state() == ("damaged", "it was made from a.tsv, not a.tsv, b.tsv")
+    task.prepare()
+    assert builds(task) == 3
+
+
+def test_files_that_are_no_longer_there_or_were_not_used_are_not_asked_for(tmp_path):
+    task = make(tmp_path, Sourced)
+    task.prepare()
+    (task.data_dir / "a.tsv").write_text("1")  # the data came from elsewhere
+    assert task.state()[0] == "found"
+    task.folder.rename(tmp_path / "kept")
+    task.prepare()
+    (task.data_dir / "a.tsv").unlink()
+    assert task.state()[0] == "found"
+
+
 def test_a_sound_build_says_nothing_on_standard_error(task, capsys):
     task.prepare()
     task.prepare()

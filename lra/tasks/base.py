@@ -214,8 +214,11 @@ class Task(abc.ABC):
                 for name in SPLITS
             ]
             _ = manifest["source"], manifest["hash"]
-            known = manifest["sources"]  # none of a data set that came from elsewhere
-            expected += [(f, known[name]) for name, f in self.source_files().items() if known]
+            known, sources = manifest["sources"], self.source_files()
+            if known and sources and known.keys() != sources.keys():
+                return "damaged", f"it was made from {', '.join(known)}, not {', '.join(sources)}"
+            # None are known of data that came from elsewhere than files.
+            expected += [(file, known[name]) for name, file in sources.items() if known]
             expected = [(file, its["bytes"], its["sha256"]) for file, its in expected]
         except (OSError, ValueError, KeyError, TypeError):
             return "damaged", f"{path} cannot be read, or lacks something"
