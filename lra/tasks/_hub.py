@@ -102,7 +102,7 @@ class DataSet:
 
                 info = HfApi().dataset_info(self.hub_id, revision=revision, timeout=_TIMEOUT)
         except Exception as error:  # of another package, of the network, of the hub
-            failure = f"cannot be had: {_reason(error)}. "
+            failure = f"cannot be had: {reason_of(error)}. "
             if revision is None:
                 message = (
                     f"{data_dir / self.folder} has no {self.title} data, that is parquet files of "
@@ -185,7 +185,7 @@ class Opened:
                     cache_dir=locks,
                 ).with_format("arrow")
         except Exception as error:  # of other packages, about the file or the network
-            raise self._broken(place, f"cannot be read: {_reason(error)}") from error
+            raise self._broken(place, f"cannot be read: {reason_of(error)}") from error
         self._check_columns(place, stream.features)
         tables = stream.iter(batch_size=_BATCH)
         rows = 0
@@ -194,7 +194,7 @@ class Opened:
                 with _quiet():
                     table = next(tables, None)
             except Exception as error:
-                reason = f"cannot be read: {_reason(error)}"
+                reason = f"cannot be read: {reason_of(error)}"
                 raise self._broken(f"{place}, row {rows} or later", reason) from error
             if table is None:
                 return
@@ -258,7 +258,7 @@ def _as_bytes(column: Any) -> list[bytes | None]:
     return column.cast(pa.binary()).to_pylist()
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """Returns what an error of another package says, in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(". ")
 

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
+from lra.tasks._hub import reason_of
 from lra.tasks._pairs import check_text
 
 FILES = {
@@ -140,7 +141,9 @@ def hub_files(revision: str | None, data_dir: Path) -> tuple[dict[str, PairFile]
                 for name, path in paths.items()
             }
     except Exception as error:  # whatever the network's libraries raise
-        failure = f"the hub data set {HUB_ID} at revision {commit} cannot be read: {_line(error)}."
+        failure = (
+            f"the hub data set {HUB_ID} at revision {commit} cannot be read: {reason_of(error)}."
+        )
         if revision is not None:
             raise ValueError(
                 f"{failure[0].upper()}{failure[1:]} Check the connection and task.revision, or "
@@ -172,11 +175,6 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-def _line(error: Exception) -> str:
-    """Returns an exception in one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")
 
 
 def read_pairs(
@@ -242,7 +240,7 @@ def _lines(file: PairFile) -> Iterator[bytes]:
                 yield line
     except Exception as error:  # whatever the network's libraries raise
         raise ValueError(
-            f"{file.name} cannot be read after {done:,} of {file.size:,} bytes: {_line(error)}. "
+            f"{file.name} cannot be read after {done:,} of {file.size:,} bytes: {reason_of(error)}. "
             f"{file.advice}"
         ) from error
     if done != file.size:
