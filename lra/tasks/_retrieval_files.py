@@ -240,8 +240,8 @@ def _lines(file: PairFile) -> Iterator[bytes]:
                 yield line
     except Exception as error:  # whatever the network's libraries raise
         raise ValueError(
-            f"{file.name} cannot be read after {done:,} of {file.size:,} bytes: {reason_of(error)}. "
-            f"{file.advice}"
+            f"{file.name} cannot be read after {done:,} of {file.size:,} bytes: "
+            f"{reason_of(error)}. {file.advice}"
         ) from error
     if done != file.size:
         raise ValueError(
