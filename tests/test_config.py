@@ -421,6 +421,18 @@ def test_wrong_values_of_several_combinations_are_told_at_once():
     assert "'wide'" in text
 
 
+def test_the_test_set_may_validate_only_where_the_last_step_is_tested():
+    legacy = ("task=text", "task.validation=legacy")
+    assert "add train.tested=last" in message(*legacy)
+    config = load([*legacy, "train.tested=last"])
+    assert config.build_task().validation_is_test
+    assert config.modified == {
+        "task.validation": ["tenth", "legacy"],
+        "train.tested": ["best", "last"],
+    }
+    assert load([*legacy, "protocol=google"]).train.tested == "last"
+
+
 # Identity
 
 
