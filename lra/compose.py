@@ -312,7 +312,8 @@ def _check_fit(config: RunConfig) -> None:
     task = config.build_task()
     name = config.attention["name"]
     sizes = {"num_heads": config.model.heads, "head_dim": config.model.head_dim}
-    sizes |= {"max_len": config.model.max_len, "model_dim": config.model.dim}
+    positions = config.model.max_len + (config.model.pooling == "cls")
+    sizes |= {"max_len": positions, "model_dim": config.model.dim}
     try:
         with torch.device("meta"):
             build_attention(name, **sizes, **config.attention_options)
@@ -320,7 +321,8 @@ def _check_fit(config: RunConfig) -> None:
         raise
     except Exception as error:  # its crash, or that of a device without numbers: the run will tell
         LOG.debug("attention=%s on the meta device: %s", name, error)
-    patterns = capabilities(name, config.attention_options).patterns
+    able = capabilities(name, config.attention_options)
+    patterns = able.patterns
     forms = ", ".join(sorted(patterns))
     require(
         {
@@ -331,6 +333,8 @@ def _check_fit(config: RunConfig) -> None:
             "the validation split is the test split, so train.tested=best would choose by test "
             "scores: add train.tested=last": config.train.tested == "last"
             or not task.validation_is_test,
+            f"attention={name} with these options takes no masks, but model.zero_is_padding=true "
+            "masks black pixels": able.key_mask != "none" or not config.model.zero_is_padding,
             f"the encoder attends in both directions, but attention={name} with these options "
             f"has only these forms: {forms}": "self" in patterns,
         }

@@ -107,7 +107,8 @@ class TrainConfig:
                 "warmup_steps must be below steps with schedule=one_cycle": self.warmup_steps
                 < self.steps
                 or self.schedule != "one_cycle",
-                "best_from must lie in [0, steps]": 0 <= self.best_from <= self.steps,
+                f"best_from={self.best_from} must lie in [0, steps], that is up to {self.steps}; "
+                f"set both": 0 <= self.best_from <= self.steps,
                 "weight_decay, eps, clip_norm and clip_value must be finite and not negative": all(
                     0 <= value < math.inf
                     for value in (self.weight_decay, self.eps, self.clip_norm, self.clip_value)

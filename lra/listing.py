@@ -13,7 +13,6 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import numpy as np
 
 from lra.compose import conf_dir, import_plugins, load, named_plugins
-from lra.config import RunConfig
 from lra.tasks import TASKS
 from lra.text import aligned
 from lra.typed import unknown
@@ -52,7 +51,7 @@ def listing(what: Sequence[str]) -> str:
         elif given and group in REGISTRIES:
             parts.append(_options(group, name))
             if group == "task":
-                parts.append(_data_of(load([*(w for w in what if w not in asked), word])))
+                parts.append(_data_of([*(w for w in what if w not in asked), word]))
         else:
             raise ValueError(unknown("listing", word, ["attention", "attention=NAME", "task=NAME"]))
     if settings and not any(word.startswith("task=") for word in asked):
@@ -132,13 +131,17 @@ def _options(group: str, name: str) -> str:
     return "\n".join(lines)
 
 
-def _data_of(config: RunConfig) -> str:
+def _data_of(overrides: Sequence[str]) -> str:
     """Returns what is known of the data that a run would have: sizes, lengths, balance, hash."""
+    try:
+        config = load(overrides)
+    except ValueError as error:
+        return f"No data: {error}"
     task = config.build_task()
     state, reason = task.state()
     heading = f"Data with protocol={config.protocol.name}"
     if state != "found":
-        return f"{heading}: {state}: {reason}."
+        return f"{heading}: {state}: {reason}.\nSource: {task.origin()}"
     prepared = task.prepare()
     manifest = prepared.manifest
     rows = [("split", "examples", "tokens: least", "mean", "most", "classes %")]
@@ -215,4 +218,5 @@ def data(overrides: Sequence[str]) -> int:
         whole = whole and state == "found"
         command = shlex.join(["lra", "data", f"task={name}", *overrides])
         print(f"{name}: {state}: {reason}" + ("" if state == "found" else f"; run: {command}"))
+        print(f"    source: {task.origin()}")
     return 0 if whole else 1

@@ -9,7 +9,7 @@ import shutil
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,7 +23,6 @@ from lra.compose import import_plugins
 from lra.config import RunConfig
 from lra.files import Busy, canonical_json, locked, short_hash
 from lra.record import Record, Score
-from lra.tasks.base import Prepared
 from lra.train import Stopped, Trainer, autocast, build_model, evaluate, tested
 from lra.typed import from_mapping
 
@@ -33,14 +32,15 @@ LOG = logging.getLogger("lra")
 def run(config: RunConfig) -> Record:
     """Trains and tests as ``config`` says, and leaves everything in the run's folder.
 
-    A finished run is returned without touching its data; one with a checkpoint goes on from it.
+    A finished run is returned, unless the data prepared now is not that of the run; one with a
+    checkpoint goes on from it.
 
     Returns:
         The record; its status tells how the run ended.
 
     Raises:
-        ValueError: If the device is not there, another process has the run, or its record is
-            damaged.
+        ValueError: If the device is not there, another process has the run, its record is damaged,
+            or it was finished on other data.
     """
     folder = run_folder(config)
     folder.mkdir(parents=True, exist_ok=True)
@@ -100,6 +100,7 @@ def new_record(config: RunConfig) -> Record:
 def _run_owned(config: RunConfig, folder: Path) -> Record:
     earlier = record.load(folder) if config.reuse == "auto" else None
     if earlier is not None and earlier.status == "ok":
+        check_finished(config, folder, earlier)
         LOG.info("Finished before. %s", describe(earlier))
         return earlier
     if config.reuse == "never":
@@ -126,7 +127,7 @@ def _run_recorded(config: RunConfig, current: Record, folder: Path, data_hash: s
     with _StopSignals() as stop:
         try:
             prepared = config.build_task().prepare()
-            _check_data(prepared, folder, data_hash)
+            _check_data(prepared.manifest, folder, data_hash)
             current.task |= {
                 "data_hash": prepared.manifest["hash"],
                 "source": prepared.manifest["source"],
@@ -155,12 +156,26 @@ def _run_recorded(config: RunConfig, current: Record, folder: Path, data_hash: s
             trainer.close()
 
 
-def _check_data(prepared: Prepared, folder: Path, data_hash: str | None) -> None:
-    """Refuses to go on with other data than an earlier session had."""
-    if data_hash not in (None, prepared.manifest["hash"]):
+def check_finished(config: RunConfig, folder: Path, finished: Record) -> None:
+    """Refuses a finished run that is not of the data that is prepared now.
+
+    Raises:
+        ValueError: What it was run on, what there is now, and what to type.
+    """
+    task = config.build_task()
+    state, _ = task.state()
+    if state != "missing":  # nothing is prepared for the sake of a finished run
+        manifest = task.manifest() if state == "found" else task.prepare().manifest
+        _check_data(manifest, folder, finished.task.get("data_hash"))
+
+
+def _check_data(manifest: Mapping[str, Any], folder: Path, data_hash: str | None) -> None:
+    """Refuses other data than an earlier session had."""
+    if data_hash not in (None, manifest["hash"]):
         raise ValueError(
-            f"{folder} was begun on data {data_hash}, but the prepared data is "
-            f"{prepared.manifest['hash']}: pass reuse=never to start the run over."
+            f"{folder} was run on data {data_hash}, but the prepared data is "
+            f"{manifest['hash']} ({manifest['source']}): set data_dir to that of "
+            f"the run, another runs_dir, or reuse=never to start the run over."
         )
 
 
@@ -215,7 +230,7 @@ def evaluate_again(folder: Path) -> tuple[Record, Score]:
     model = build_model(config, task)
     model.load_state_dict(saved["model"] if weights is None else weights)
     prepared = task.prepare()
-    _check_data(prepared, folder, finished.task.get("data_hash"))
+    _check_data(prepared.manifest, folder, finished.task.get("data_hash"))
     finished.steps = saved["state"].step
     data = Batches(prepared.splits["test"], device)
     precision = autocast(device, finished.precision["name"])

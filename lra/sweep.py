@@ -16,7 +16,7 @@ from lra import record
 from lra.compose import conf_dir, load, load_sweep
 from lra.config import RunConfig
 from lra.record import Record
-from lra.run import new_record, run_folder
+from lra.run import check_finished, new_record, run_folder
 from lra.text import aligned
 
 LOG = logging.getLogger("lra")
@@ -36,7 +36,7 @@ def sweep(overrides: Sequence[str]) -> int:
     configs = load_sweep(overrides)
     folders = [run_folder(config) for config in configs]
     finished = [
-        config.reuse == "auto" and _status(folder) == "ok"
+        config.reuse == "auto" and _is_finished(config, folder)
         for config, folder in zip(configs, folders, strict=True)
     ]
     LOG.info("%d runs, %d of them finished before", len(folders), sum(finished))
@@ -67,7 +67,7 @@ def _launch(_: Any) -> None:
     overrides = list(HydraConfig.get().overrides.task)
     config = load(overrides)
     folder = run_folder(config)
-    if config.reuse == "auto" and _status(folder) == "ok":
+    if config.reuse == "auto" and _is_finished(config, folder):
         return
     # In a session of its own, so that a Ctrl-C at the terminal reaches it once: through us.
     # -P and this path: the child has our packages, whatever the current folder holds.
@@ -114,9 +114,13 @@ def _read(folder: Path) -> Record | None:
         return None
 
 
-def _status(folder: Path) -> str:
+def _is_finished(config: RunConfig, folder: Path) -> bool:
+    """Whether a run needs not be started; raises ValueError if it was run on other data."""
     found = _read(folder)
-    return found.status if found else "not started"
+    if found is None or found.status != "ok":
+        return False
+    check_finished(config, folder, found)
+    return True
 
 
 def _row(folder: Path, skipped: bool) -> tuple[str, str, str, str]:

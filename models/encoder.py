@@ -150,7 +150,8 @@ class Encoder(nn.Module):
         Args:
             tokens: Token ids.
             key_mask: Bool (B, N), True where a token may be attended to; None for all. Rows of
-                others attend as any row does; rows of padding mean nothing.
+                others attend too, but a mechanism for which the length matters takes the last
+                True for the end of the sequence.
         """
         x = self.tokens(tokens)
         if self.cls is not None:

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lra.tasks import base
 from lra.tasks.base import SPLITS, Built, Split, Task
 
 TESTS = Path(__file__).parent
@@ -420,6 +421,47 @@ class Sourced(Tiny):
         return {path.name: path for path in sorted(self.data_dir.glob("*.tsv"))}
 
 
+def test_data_stays_where_its_source_can_no_longer_be_read(tmp_path):
+    task = make(tmp_path, Sourced)
+    task.data_dir.mkdir()
+    source = task.data_dir / "a.tsv"
+    source.write_text("1")
+    expected = task.prepare()
+    source.write_text("cut")
+
+    class Broken(Sourced):
+        def build(self):
+            raise ValueError("a.tsv is broken")
+
+    with pytest.raises(ValueError, match=r"a\.tsv is broken"):
+        make(tmp_path, Broken).prepare()
+    source.write_text("1")
+    assert task.state(hashes=True)[0] == "found"
+    assert_same(task.prepare().splits, expected.splits)
+    assert builds(task) == 1
+
+
+def test_splits_and_manifest_are_of_one_build_though_another_process_builds_meanwhile(
+    tmp_path, monkeypatch
+):
+    task, other = make(tmp_path, Given), make(tmp_path, Given)
+    splits = {name: ragged([[1]], [0]) for name in SPLITS}
+    task.given, other.given = splits, splits | {"val": ragged([[1], [2]], [0, 1])}
+    task.prepare()
+    opened = []
+    real = base._open
+
+    def open_late(folder):
+        if not opened:
+            opened.append(True)
+            other._build_folder()
+        return real(folder)
+
+    monkeypatch.setattr(base, "_open", open_late)
+    prepared = task.prepare()
+    assert prepared.manifest["splits"]["val"]["examples"] == len(prepared.splits["val"]) == 2
+
+
 def test_data_is_made_again_where_files_that_it_was_made_from_are_others_now(tmp_path):
     task = make(tmp_path, Sourced)
     task.data_dir.mkdir()
@@ -432,7 +474,11 @@ def test_data_is_made_again_where_files_that_it_was_made_from_are_others_now(tmp
     assert "a.tsv has 2 bytes, not 1" in reason
     task.prepare()
     (task.data_dir / "b.tsv").write_text("3")
-    assert task.state() == ("damaged", "it was made from a.tsv, not a.tsv, b.tsv")
+    assert task.state() == ("damaged", "its source files have changed: b.tsv")
+    for name in "cdef":
+        (task.data_dir / f"{name}.tsv").write_text("3")
+    reason = "its source files have changed: b.tsv, c.tsv, d.tsv and 2 more"
+    assert task.state() == ("damaged", reason)
     task.prepare()
     assert builds(task) == 3
 

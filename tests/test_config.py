@@ -273,7 +273,7 @@ RANGES = {
     "train.steps=0": ["train: steps", "must be at least 1"],
     "train.lr=nan": ["train: lr must be positive"],
     "train.eps=-1": ["train: weight_decay, eps, clip_norm and clip_value must be finite and not"],
-    "train.best_from=5001": ["train: best_from must lie in [0, steps]"],
+    "train.best_from=5001": ["train: best_from=5001 must lie in [0, steps], that is up to"],
     "train.betas=[0.9,1]": ["train: betas and beta1_cycle must lie in [0, 1)"],
     "task.num_test=0": ["task: num_train, num_val and num_test must be at least 1"],
     "train.warmup_steps=-1": ["train: warmup_steps must not be negative"],

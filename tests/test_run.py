@@ -12,6 +12,7 @@ from lra import checkpoint, record
 from lra.compose import load
 from lra.files import locked
 from lra.run import evaluate_again, new_record, run, run_folder
+from lra.sweep import sweep
 from lra.tasks.base import Task
 from lra.train import Trainer
 
@@ -73,8 +74,19 @@ def test_other_data_than_a_run_was_begun_on_is_refused(smoke):
     cut.save(folder_of(smoke()))
     again = run(load(smoke()))
     assert again.status == "failed"
-    assert "begun on data another" in again.reason
+    assert "was run on data another" in again.reason
     assert run(load(smoke("reuse=never"))).status == "ok"
+
+
+def test_a_finished_run_of_other_data_is_not_returned(smoke, capsys):
+    done = run(load(smoke()))
+    done.task["data_hash"] = "another"
+    done.save(folder_of(smoke()))
+    with pytest.raises(ValueError, match=r"was run on data another, but .* reuse=never"):
+        run(load(smoke()))
+    with pytest.raises(ValueError, match="was run on data another"):
+        sweep(smoke("seed=0,1"))
+    assert not folder_of(smoke("seed=1")).exists()
 
 
 def test_a_record_names_no_home_folder(smoke, tmp_path, monkeypatch):

@@ -29,7 +29,9 @@ def split_documents(count: int, seed: int) -> dict[str, np.ndarray]:
     return {name: np.isin(np.arange(count), part) for name, part in zip(SPLITS, parts, strict=True)}
 
 
-def make_pairs(links: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def make_pairs(
+    links: np.ndarray, known: np.ndarray, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
     """Returns the links that are positive pairs, and as many negative pairs.
 
     The cited side of the links is permuted so that no pair is a link in either direction, a
@@ -40,6 +42,7 @@ def make_pairs(links: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray,
     Args:
         links: Rows (citing, cited) of document indices, int64 of shape (links, 2), at least one;
             each once, none of a document to itself. Their order matters to what is drawn.
+        known: All links there are, those and others, of the same form: none becomes a negative.
         rng: Draws the permutation.
 
     Returns:
@@ -47,11 +50,11 @@ def make_pairs(links: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray,
         the first column of one as in that of the other, and likewise in the second.
     """
     citing, cited = links[:, 0], rng.permutation(links[:, 1])
-    unfit = _unfit(citing, cited, links)
-    _exchange(citing, cited, unfit, links, rng)
+    unfit = _unfit(citing, cited, known)
+    _exchange(citing, cited, unfit, known, rng)
     chosen = {*zip(citing[~unfit].tolist(), cited[~unfit].tolist(), strict=True)}
     if unfit.any():
-        completion = _Completion(links, chosen, cited[unfit].tolist())
+        completion = _Completion(links, known, chosen, cited[unfit].tolist())
         for document in citing[unfit].tolist():
             completion.add(document)
         chosen = completion.pairs()
@@ -63,21 +66,21 @@ def _table(pairs: set[tuple[int, int]]) -> np.ndarray:
     return np.array(sorted(pairs), dtype=np.int64).reshape(-1, 2)
 
 
-def _unfit(citing: np.ndarray, cited: np.ndarray, links: np.ndarray) -> np.ndarray:
+def _unfit(citing: np.ndarray, cited: np.ndarray, known: np.ndarray) -> np.ndarray:
     """Returns which pairs are links, of a document with itself, or repeat one before them."""
-    size = links.max() + 1
+    size = known.max() + 1
     codes = citing * size + cited
-    both = np.concatenate([links @ [size, 1], links @ [1, size]])
+    both = np.concatenate([known @ [size, 1], known @ [1, size]])
     repeated = np.ones(len(codes), dtype=bool)
     repeated[np.unique(codes, return_index=True)[1]] = False
     return repeated | (citing == cited) | np.isin(codes, both)
 
 
-def _unlinked(document: int, links: np.ndarray) -> np.ndarray:
+def _unlinked(document: int, known: np.ndarray) -> np.ndarray:
     """Returns which documents have no link with one and are not it, bool by index."""
-    free = np.ones(links.max() + 1, dtype=bool)
-    free[links[links[:, 0] == document, 1]] = False
-    free[links[links[:, 1] == document, 0]] = False
+    free = np.ones(known.max() + 1, dtype=bool)
+    free[known[known[:, 0] == document, 1]] = False
+    free[known[known[:, 1] == document, 0]] = False
     free[document] = False
     return free
 
@@ -86,7 +89,7 @@ def _exchange(
     citing: np.ndarray,
     cited: np.ndarray,
     unfit: np.ndarray,
-    links: np.ndarray,
+    known: np.ndarray,
     rng: np.random.Generator,
 ) -> None:
     """Exchanges cited documents, in place, of unfit pairs with any others so that both fit."""
@@ -96,9 +99,9 @@ def _exchange(
         for i in rng.permutation(np.flatnonzero(unfit)):
             if not unfit[i]:
                 continue  # exchanged with one before it
-            free_cited = _unlinked(citing[i], links)
+            free_cited = _unlinked(citing[i], known)
             free_cited[cited[~unfit & (citing == citing[i])]] = False
-            free_citing = _unlinked(cited[i], links)
+            free_citing = _unlinked(cited[i], known)
             free_citing[citing[~unfit & (cited == cited[i])]] = False
             others = np.flatnonzero(free_cited[cited] & free_citing[citing])
             if free_cited[cited[i]]:
@@ -117,20 +120,26 @@ class _Completion:
 
     Args:
         links: As in ``make_pairs``.
+        known: As in ``make_pairs``.
         chosen: The pairs at first, distinct, none a link.
         missing: How many pairs each cited document lacks.
     """
 
     def __init__(
-        self, links: np.ndarray, chosen: Iterable[tuple[int, int]], missing: Iterable[int]
+        self,
+        links: np.ndarray,
+        known: np.ndarray,
+        chosen: Iterable[tuple[int, int]],
+        missing: Iterable[int],
     ) -> None:
         self._missing = Counter(missing)
         self._cites, self._linked = defaultdict(set), defaultdict(set)
         for u, v in links.tolist():
             self._cites[u].add(v)
+        for u, v in known.tolist():
             self._linked[u].add(v)
             self._linked[v].add(u)
-        self._prices = np.full(links.max() + 1, _NEVER)
+        self._prices = np.full(known.max() + 1, _NEVER)
         self._prices[links[:, 1]] = 0
         self._cited, self._citing = defaultdict(set), defaultdict(set)  # in the chosen pairs
         for u, v in chosen:

@@ -65,6 +65,17 @@ class DataSet:
         paths = [path for files in self.local_files(data_dir).values() for path in files]
         return {path.relative_to(data_dir).as_posix(): path for path in paths}
 
+    def origin(self, data_dir: Path, revision: str | None) -> str:
+        """Returns one line on what ``open`` would take, without asking the hub."""
+        if revision is not None:
+            return f"{self.hub_id} on the hub at {revision}"
+        if any(self.local_files(data_dir).values()):
+            return f"parquet files in {data_dir / self.folder}"
+        return (
+            f"{data_dir / self.folder} has no parquet files, so {self.hub_id} on the hub is asked; "
+            f"to have them there: {self._command(data_dir)}"
+        )
+
     def open(self, data_dir: Path, revision: str | None) -> "Opened":
         """Finds the files of both sets; no content is read.
 

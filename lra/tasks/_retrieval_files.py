@@ -65,6 +65,14 @@ class PairFile:
     advice: str
 
 
+def how_to_get(data_dir: Path) -> str:
+    """Returns what to type to have the files in a folder where they are found."""
+    return (
+        f"This gets the files (11 GB): hf download {HUB_ID} --repo-type dataset --revision "
+        f"{HUB_REVISION} --include 'data/aan/*' --local-dir {shlex.quote(str(data_dir))}"
+    )
+
+
 def find_files(data_dir: Path) -> dict[str, Path]:
     """Returns the file of each split, all from the first folder that has any; or none.
 
@@ -79,21 +87,13 @@ def find_files(data_dir: Path) -> dict[str, Path]:
         if len(missing) < len(paths):
             raise ValueError(
                 f"{folder} has some of the Retrieval files, but no {' and no '.join(missing)}. "
-                f"Put all three there, or set data_dir=FOLDER. {_how_to_get(data_dir)}"
+                f"Put all three there, or set data_dir=FOLDER. {how_to_get(data_dir)}"
             )
     return {}
 
 
 def _folders(data_dir: Path) -> list[Path]:
     return [data_dir / folder for folder in _FOLDERS]
-
-
-def _how_to_get(data_dir: Path) -> str:
-    """Returns what to type to have the files in a folder where they are found."""
-    return (
-        f"This gets the files (11 GB): hf download {HUB_ID} --repo-type dataset --revision "
-        f"{HUB_REVISION} --include 'data/aan/*' --local-dir {shlex.quote(str(data_dir))}"
-    )
 
 
 def local_files(paths: dict[str, Path]) -> dict[str, PairFile]:
@@ -136,7 +136,7 @@ def hub_files(revision: str | None, data_dir: Path) -> tuple[dict[str, PairFile]
                     name=path,
                     size=system.info(path)["size"],
                     open=partial(_open_hub, system, path),
-                    advice=f"Try again, or have the files on disk. {_how_to_get(data_dir)}",
+                    advice=f"Try again, or have the files on disk. {how_to_get(data_dir)}",
                 )
                 for name, path in paths.items()
             }
@@ -147,13 +147,13 @@ def hub_files(revision: str | None, data_dir: Path) -> tuple[dict[str, PairFile]
         if revision is not None:
             raise ValueError(
                 f"{failure[0].upper()}{failure[1:]} Check the connection and task.revision, or "
-                f"leave task.revision out for files in data_dir={data_dir}. {_how_to_get(data_dir)}"
+                f"leave task.revision out for files in data_dir={data_dir}. {how_to_get(data_dir)}"
             ) from error
         raise ValueError(
             f"The Retrieval files, {', '.join(FILES.values())}, are in none of the folders "
             f"{', '.join(map(str, _folders(data_dir)))}, and {failure} Unpack the Long Range Arena "
             f"release (lra_release) in {data_dir}, or set data_dir=FOLDER to where it is unpacked. "
-            f"{_how_to_get(data_dir)}"
+            f"{how_to_get(data_dir)}"
         ) from error
     return files, commit
 

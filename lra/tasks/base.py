@@ -152,6 +152,10 @@ class Task(abc.ABC):
         """
         return {}
 
+    def origin(self) -> str:
+        """Returns one line on what a build would read now, and on what else is there to read."""
+        return "it is generated"
+
     @property
     def fingerprint(self) -> str:
         """Hash of all that determines the data; known without the data."""
@@ -180,20 +184,34 @@ class Task(abc.ABC):
         Raises:
             ValueError: If the source is missing or broken, or the disk is full.
         """
+        while True:
+            self._ensure(hashes)
+            with contextlib.suppress(FileNotFoundError):
+                manifest = self.manifest()
+                splits = _open(self.folder)
+                if manifest == self.manifest():
+                    return Prepared(splits, manifest)
+            # Another process has just made them anew, from another source.
+
+    def manifest(self) -> dict[str, Any]:
+        """Returns what is written beside prepared splits, which must be there."""
+        return json.loads((self.folder / "manifest.json").read_text())
+
+    def _ensure(self, hashes: bool) -> None:
+        """Builds the prepared splits unless they are there and whole."""
         state, reason = self.state(hashes)
-        if state != "found":
-            lock = self.folder.with_suffix(".lock")
-            with self._writing():
-                self.cache_dir.mkdir(parents=True, exist_ok=True)
-                lock.touch()
-            with locked(lock, wait=True):
-                state, reason = self.state(hashes)
-                if state == "damaged":
-                    print(f"Prepared {self.name} data is rebuilt: {reason}.", file=sys.stderr)
-                if state != "found":
-                    self._build_folder()
-        manifest = json.loads((self.folder / "manifest.json").read_text())
-        return Prepared(_open(self.folder), manifest)
+        if state == "found":
+            return
+        lock = self.folder.with_suffix(".lock")
+        with self._writing():
+            self.cache_dir.mkdir(parents=True, exist_ok=True)
+            lock.touch()
+        with locked(lock, wait=True):
+            state, reason = self.state(hashes)
+            if state == "damaged":
+                print(f"Prepared {self.name} data is rebuilt: {reason}.", file=sys.stderr)
+            if state != "found":
+                self._build_folder()
 
     def state(self, hashes: bool = False) -> tuple[Literal["found", "missing", "damaged"], str]:
         """Tells whether prepared splits are there and whole.
@@ -208,7 +226,7 @@ class Task(abc.ABC):
         if not self.folder.exists():
             return "missing", f"no folder {self.folder}"
         try:
-            manifest = json.loads(path.read_text())
+            manifest = self.manifest()
             expected = [
                 (self.folder / f"{name}.arrow", manifest["files"][f"{name}.arrow"])
                 for name in SPLITS
@@ -216,7 +234,9 @@ class Task(abc.ABC):
             _ = manifest["source"], manifest["hash"]
             known, sources = manifest["sources"], self.source_files()
             if known and sources and known.keys() != sources.keys():
-                return "damaged", f"it was made from {', '.join(known)}, not {', '.join(sources)}"
+                other = sorted(known.keys() ^ sources.keys())
+                more = f" and {len(other) - 3:,} more" if len(other) > 3 else ""
+                return "damaged", f"its source files have changed: {', '.join(other[:3])}{more}"
             # None are known of data that came from elsewhere than files.
             expected += [(file, known[name]) for name, file in sources.items() if known]
             expected = [(file, its["bytes"], its["sha256"]) for file, its in expected]
@@ -246,7 +266,6 @@ class Task(abc.ABC):
         with self._writing():
             for stale in self.cache_dir.glob(f"{self.folder.name}.tmp-*"):
                 shutil.rmtree(stale)
-            shutil.rmtree(self.folder, ignore_errors=True)
             temporary = self.cache_dir / f"{self.folder.name}.tmp-{os.getpid()}"
             temporary.mkdir()
         try:
@@ -256,6 +275,8 @@ class Task(abc.ABC):
             manifest = self._manifest(built, temporary)
             with self._writing():
                 write_text(temporary / "manifest.json", json.dumps(manifest, indent=1))
+                # Not before: if a source cannot be read now, what was made of it stays.
+                shutil.rmtree(self.folder, ignore_errors=True)
                 os.replace(temporary, self.folder)
                 shutil.rmtree(self.parts, ignore_errors=True)
         except BaseException:

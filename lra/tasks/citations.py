@@ -16,6 +16,11 @@ from lra.tasks._citations_files import find_files, read_links, read_papers
 from lra.tasks._pairs import VOCAB_SIZE, pieces
 from lra.tasks.base import SPLITS, Built, Task
 
+_NO_PAIRS = (
+    "The {0} split has no links of which pairs can be made. Set another task.split_seed or a "
+    "larger task.num_{0}, or use more documents."
+)
+
 
 @register_task("citations")
 class Citations(Task):
@@ -28,7 +33,7 @@ class Citations(Task):
         Attributes:
             max_length: Bytes kept of each text, the first ones.
             split_seed: Seed of the split of the documents, of the negative pairs and of the order.
-            num_train: Training examples, half of each class, chosen at random; null: all.
+            num_train: Training examples, half of each class, of links chosen at random; null: all.
             num_val: Validation examples, likewise.
             num_test: Test examples, likewise.
         """
@@ -67,6 +72,13 @@ class Citations(Task):
         except ValueError:
             return {}
 
+    def origin(self) -> str:
+        """Returns where the papers would be read from."""
+        try:
+            return f"files in {find_files(self.data_dir)['papers'].parent}"
+        except ValueError as error:
+            return str(error)
+
     def build(self) -> Built:
         """Reads the documents and their links, and makes the pairs of each split."""
         paths = find_files(self.data_dir)
@@ -85,21 +97,24 @@ class Citations(Task):
         rows, problems = {}, []
         for name, inside in split_documents(documents, self.config.split_seed).items():
             rng = np.random.default_rng((self.config.split_seed, 1 + SPLITS.index(name)))
-            positives, negatives = _make_pairs(name, links[inside[links].all(axis=1)], rng)
-            available = 2 * len(positives)
-            count = getattr(self.config, f"num_{name}") or available
-            if not available:
+            known = links[inside[links].all(axis=1)]
+            count = getattr(self.config, f"num_{name}") or 2 * len(known)
+            if not len(known):
+                problems.append(_NO_PAIRS.format(name))
+                continue
+            if count > 2 * len(known):
                 problems.append(
-                    f"The {name} split has no links of which pairs can be made. Set another "
-                    f"task.split_seed, or use more documents."
+                    f"The {name} split has {2 * len(known):,} pairs, fewer than "
+                    f"task.num_{name}={count}. Set it lower, or to null for all."
                 )
-            elif count > available:
-                problems.append(
-                    f"The {name} split has {available:,} pairs, fewer than task.num_{name}={count}."
-                    f" Set it lower, or to null for all."
-                )
+                continue
+            # Before the negatives are made, so that these have the documents of the positives.
+            chosen = np.sort(rng.permutation(len(known))[: count // 2])
+            positives, negatives = _make_pairs(name, known[chosen], known, rng)
+            if not len(positives):
+                problems.append(_NO_PAIRS.format(name))
             labelled = [
-                np.column_stack([rng.permutation(pairs), np.full(len(pairs), label)])[: count // 2]
+                np.column_stack([pairs, np.full(len(pairs), label)])
                 for label, pairs in enumerate((negatives, positives))
             ]
             rows[name] = rng.permutation(np.concatenate(labelled))
@@ -109,15 +124,13 @@ class Citations(Task):
 
 
 def _make_pairs(
-    name: str, links: np.ndarray, rng: np.random.Generator
+    name: str, links: np.ndarray, known: np.ndarray, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the positive and the negative pairs of a split, of whose links some may be left out.
 
     Where some are, one line on standard error tells how many.
     """
-    if not len(links):
-        return links, links
-    positives, negatives = make_pairs(links, rng)
+    positives, negatives = make_pairs(links, known, rng)
     if left_out := len(links) - len(positives):
         print(
             f"Citations: {left_out:,} of {len(links):,} links of the {name} split are left out, as "

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from lra.tasks import register_task
 from lra.tasks._hub import DataSet
+from lra.tasks._images import downscaled
 from lra.tasks._splits import Examples, check_choice, choose, tell_other_sizes
 from lra.tasks.base import Built, Split, Task
 
@@ -83,6 +84,10 @@ class Image(Task):
         """Returns the parquet files that are there."""
         return _CIFAR.source_files(self.data_dir, self.config.revision)
 
+    def origin(self) -> str:
+        """Returns where the images would be read from."""
+        return _CIFAR.origin(self.data_dir, self.config.revision)
+
     def build(self) -> Built:
         """Decodes all images, makes them grey, and chooses those of each split."""
         config = self.config
@@ -110,7 +115,7 @@ class Image(Task):
         for first in range(0, len(examples), _CHUNK):
             rgb = np.frombuffer(b"".join(examples.contents[first : first + _CHUNK]), np.uint8)
             pixels = grey(rgb.reshape(-1, SIDE, SIDE, 3), self.config.gray)
-            small = shrink(pixels, self.config.downscale)
+            small = downscaled(pixels, self.config.downscale)
             tokens[first : first + _CHUNK] = small.reshape(len(small), -1)
         return tokens
 
@@ -160,19 +165,3 @@ def grey(rgb: np.ndarray, formula: Literal["tensorflow", "pil"]) -> np.ndarray:
     red, green, blue = np.moveaxis(rgb.astype(np.float32) / np.float32(255), -1, 0)
     weighted = np.float32(0.2989) * red + np.float32(0.5870) * green + np.float32(0.1140) * blue
     return (weighted * np.float32(255.5)).astype(np.uint8)
-
-
-def shrink(pixels: np.ndarray, factor: int) -> np.ndarray:
-    """Returns images in which each square of pixels is one, their mean, halves rounded up.
-
-    Args:
-        pixels: uint8 of shape (images, side, side).
-        factor: Pixels to a side of the square; divides ``side``.
-
-    Returns:
-        uint8 of shape (images, side / factor, side / factor).
-    """
-    images, side, _ = pixels.shape
-    squares = pixels.reshape(images, side // factor, factor, side // factor, factor)
-    area = factor * factor
-    return ((squares.sum(axis=(2, 4), dtype=np.uint32) + area // 2) // area).astype(np.uint8)

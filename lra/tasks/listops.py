@@ -92,6 +92,16 @@ class ListOps(Task):
         except ValueError:
             return {}
 
+    def origin(self) -> str:
+        """Returns one line on what a build would do, and on official files that are there."""
+        try:
+            official = f"official files in {find_files(self.data_dir)['train'].parent}"
+        except ValueError as error:
+            return str(error) if self.config.source == "official" else super().origin()
+        if self.config.source == "official":
+            return official
+        return f"{super().origin()}; with task.source=official it is read from {official}"
+
     def build(self) -> Built:
         """Reads the official files, or generates all splits from one stream of expressions."""
         config = self.config

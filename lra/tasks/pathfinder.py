@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lra.tasks import register_task
+from lra.tasks._images import downscaled
 from lra.tasks._parts import Arrays, Parts, cut, in_threads
 from lra.tasks._pathfinder_files import (
     RELEASED,
@@ -133,6 +134,16 @@ class Pathfinder(Task):
         except ValueError:
             return {}
 
+    def origin(self) -> str:
+        """Returns one line on what a build would do, and on official images that are there."""
+        try:
+            official = f"official images in {self._official_folder()}"
+        except ValueError as error:
+            return str(error) if self.config.source == "official" else super().origin()
+        if self.config.source == "official":
+            return official
+        return f"{super().origin()}; with task.source=official it is read from {official}"
+
     def build(self) -> Built:
         """Reads the official images, or generates those that no earlier build left."""
         if self.config.source == "official":
@@ -158,7 +169,7 @@ class Pathfinder(Task):
 
     def _examples(self, images: np.ndarray, labels: np.ndarray) -> Piece:
         """Returns images (n, window, window) uint8 as examples."""
-        tokens = _downscaled(images, self.config.downscale).reshape(len(images), -1)
+        tokens = downscaled(images, self.config.downscale).reshape(len(images), -1)
         return Piece(tokens, labels, marker_distances(images, self._geometry))
 
     def _generated(self) -> dict[str, Iterable[Piece]]:
@@ -238,22 +249,6 @@ class Pathfinder(Task):
         }
         place = folder.relative_to(self.data_dir)
         return splits, f"files of the Long Range Arena release: {place}"
-
-
-def _downscaled(images: np.ndarray, side: int) -> np.ndarray:
-    """Returns the means of squares of ``side`` pixels, halves rounded up, uint8.
-
-    Args:
-        images: Grey values (n, h, w) uint8; ``side`` divides h and w.
-        side: At most 16.
-    """
-    if side == 1:
-        return images
-    count, height, width = images.shape
-    squares = images.reshape(count, height // side, side, width // side, side)
-    area = side * side
-    sums = squares.sum(axis=(2, 4), dtype=np.uint16)  # at most 16 x 16 x 255, which fits
-    return ((sums + area // 2) // area).astype(np.uint8)
 
 
 def _rules(

@@ -10,7 +10,15 @@ from pathlib import Path
 
 from lra.tasks import register_task
 from lra.tasks._pairs import VOCAB_SIZE, pieces
-from lra.tasks._retrieval_files import HUB_ID, find_files, hub_files, local_files, read_pairs
+from lra.tasks._retrieval_files import (
+    HUB_ID,
+    HUB_REVISION,
+    find_files,
+    how_to_get,
+    hub_files,
+    local_files,
+    read_pairs,
+)
 from lra.tasks.base import Built, Task
 
 
@@ -64,6 +72,17 @@ class Retrieval(Task):
             return find_files(self.data_dir)
         except ValueError:
             return {}
+
+    def origin(self) -> str:
+        """Returns where the pairs would be read from."""
+        revision = self.config.revision
+        try:
+            paths = {} if revision is not None else find_files(self.data_dir)
+        except ValueError as error:
+            return str(error)
+        if paths:
+            return f"files in {paths['train'].parent}"
+        return f"{HUB_ID} on the hub at {revision or HUB_REVISION}. {how_to_get(self.data_dir)}"
 
     def build(self) -> Built:
         """Reads the files, each when its split is written."""

@@ -86,6 +86,11 @@ class Text(Task):
         """Returns the parquet files; not those of aclImdb, which are too many to look at."""
         return _IMDB.source_files(self.data_dir, self.config.revision)
 
+    def origin(self) -> str:
+        """Returns where the reviews would be read from."""
+        folder = self._folder()
+        return _IMDB.origin(self.data_dir, self.config.revision) if folder is None else str(folder)
+
     def build(self) -> Built:
         """Reads all reviews, chooses those of each split, and cuts them to ``max_length``."""
         config = self.config
@@ -102,12 +107,16 @@ class Text(Task):
         }
         return Built(splits, source)
 
+    def _folder(self) -> Path | None:
+        """Returns aclImdb, where that is what is to be read."""
+        if self.config.revision is not None or any(_IMDB.local_files(self.data_dir).values()):
+            return None
+        return _find_folder(self.data_dir)
+
     def _read(self) -> tuple[dict[str, Examples], str]:
         """Returns the training and the test set, and one line on where they are from."""
-        revision = self.config.revision
-        local = any(_IMDB.local_files(self.data_dir).values())
-        folder = None if local or revision is not None else _find_folder(self.data_dir)
-        opened = _IMDB.open(self.data_dir, revision) if folder is None else None
+        folder = self._folder()
+        opened = _IMDB.open(self.data_dir, self.config.revision) if folder is None else None
         sets = {}
         total = sum(_SIZES.values())
         with tqdm(total=total, desc="IMDb reviews", unit="", unit_scale=True) as bar:

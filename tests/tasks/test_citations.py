@@ -33,9 +33,10 @@ def graphs(most_documents, most_links):
     )
 
 
-def paired(links, seed=0):
-    """Returns the positive and the negative pairs of a list of links, as lists of tuples."""
-    made = make_pairs(np.array(sorted(links)), np.random.default_rng(seed))
+def paired(links, seed=0, others=()):
+    """Returns the positive and the negative pairs of links, beside others, as lists of tuples."""
+    known = np.array(sorted([*links, *others]))
+    made = make_pairs(np.array(sorted(links)), known, np.random.default_rng(seed))
     return [[tuple(pair) for pair in pairs.tolist()] for pairs in made]
 
 
@@ -63,6 +64,18 @@ def test_negatives_are_as_many_as_positives_and_no_link_no_self_pair_and_no_dupl
 @given(graphs(30, 60), st.integers(0, 9))
 def test_every_document_is_as_often_on_each_side_of_negatives_as_of_positives(links, seed):
     positives, negatives = paired(links, seed)
+    for side in (0, 1):
+        assert Counter(p[side] for p in positives) == Counter(n[side] for n in negatives)
+
+
+@deterministic
+@given(graphs(30, 60).filter(lambda links: len(links) > 1), st.integers(0, 9), st.data())
+def test_pairs_of_some_links_are_none_of_the_others_and_have_the_same_documents(links, seed, data):
+    some = links[: data.draw(st.integers(1, len(links) - 1))]
+    positives, negatives = paired(some, seed, links[len(some) :])
+    assert {*positives} <= {*some}
+    assert len({*negatives}) == len(negatives) == len(positives)
+    assert not {*negatives} & forbidden(links)
     for side in (0, 1):
         assert Counter(p[side] for p in positives) == Counter(n[side] for n in negatives)
 
@@ -258,15 +271,21 @@ def test_another_seed_makes_another_split(task, tmp_path):
     assert {*train[0]} != {*train[1]}
 
 
-def test_a_smaller_number_is_a_balanced_part_of_a_larger_one(task, tmp_path):
+def test_a_smaller_number_has_fewer_of_the_same_positives_and_their_documents(task, tmp_path):
     whole = {name: {*examples(split)} for name, split in task.prepare().splits.items()}
-    smaller = make(tmp_path, num_train=20, num_val=6, num_test=2).prepare().splits
-    small = make(tmp_path, num_train=10, num_val=4, num_test=2).prepare().splits
-    for name, counts in {"train": (10, 20), "val": (4, 6), "test": (2, 2)}.items():
+    smaller = make(tmp_path, num_train=20, num_val=12, num_test=8).prepare().splits
+    small = make(tmp_path, num_train=10, num_val=8, num_test=8).prepare().splits
+    for name, counts in {"train": (10, 20), "val": (8, 12), "test": (8, 8)}.items():
         few, more = examples(small[name]), examples(smaller[name])
         assert (len(few), len(more)) == counts
-        assert {*few} <= {*more} <= whole[name]
-        assert sum(label for *_, label in few) == len(few) // 2
+        linked = [{p for p in pairs if p[2]} for pairs in (few, more, whole[name])]
+        assert linked[0] <= linked[1] <= linked[2]
+        for pairs in (few, more):
+            assert sum(label for *_, label in pairs) == len(pairs) // 2
+            assert not {(p[0], p[1]) for p in pairs if not p[2]} & forbidden(LINKS)
+            for side in (0, 1):
+                positive, negative = (Counter(p[side] for p in pairs if p[2] == c) for c in (1, 0))
+                assert positive == negative
 
 
 def test_texts_are_cut_to_the_first_bytes_even_within_a_character(tmp_path):
@@ -299,7 +318,7 @@ def test_splits_without_pairs_or_with_fewer_than_asked_for_are_refused_together(
     inside = split_documents(COUNT, 0)["val"]
     links = [link for link in LINKS if not any(inside[IDS.index(key)] for key in link)]
     put(tmp_path / "data" / "aan", citations=lines(links))
-    found = make(tmp_path, num_train=1_000, num_test=2)
+    found = make(tmp_path, num_train=1_000, num_test=8)
     lines_of = refused(found).splitlines()
     assert len(lines_of) == 2
     assert lines_of[0].endswith(

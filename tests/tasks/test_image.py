@@ -12,8 +12,9 @@ import pytest
 from fake_hub import COMMIT, serve
 
 from lra.listing import option_meanings
+from lra.tasks._images import downscaled
 from lra.tasks.base import SPLITS
-from lra.tasks.image import Image, decode, grey, shrink
+from lra.tasks.image import Image, decode, grey
 
 RNG = np.random.default_rng(0)
 LEVELS = np.arange(256)
@@ -155,7 +156,7 @@ def test_vocabulary_and_classes_are_those_of_the_arena(task):
 @pytest.mark.parametrize("factor", [1, 2, 4, 8, 16, 32])
 def test_a_smaller_image_has_the_mean_of_each_square_halves_rounded_up(factor):
     images = RNG.integers(0, 256, (3, 32, 32), dtype=np.uint8)
-    small = shrink(images, factor)
+    small = downscaled(images, factor)
     side = 32 // factor
     assert (small.shape, small.dtype) == ((3, side, side), np.uint8)
     for i, row, column in np.ndindex(3, side, side):
@@ -167,7 +168,7 @@ def test_a_smaller_image_has_the_mean_of_each_square_halves_rounded_up(factor):
 
 def test_a_mean_of_a_half_is_rounded_up_and_white_stays_white():
     images = np.array([[[0, 0], [1, 1]], [[255, 255], [255, 254]], [[0, 0], [0, 1]]], np.uint8)
-    assert shrink(images, 2).reshape(-1).tolist() == [1, 255, 0]
+    assert downscaled(images, 2).reshape(-1).tolist() == [1, 255, 0]
 
 
 def test_downscale_shortens_the_sequences(tmp_path):
@@ -175,7 +176,7 @@ def test_downscale_shortens_the_sequences(tmp_path):
     task = make(tmp_path, downscale=4)
     whole, small = make(tmp_path).prepare().splits["test"], task.prepare().splits["test"]
     assert task.max_len == 64
-    expected = [shrink(whole[i].reshape(1, 32, 32), 4).reshape(-1).tolist() for i in range(10)]
+    expected = [downscaled(whole[i].reshape(1, 32, 32), 4).reshape(-1).tolist() for i in range(10)]
     assert [small[i].tolist() for i in range(10)] == expected
 
 

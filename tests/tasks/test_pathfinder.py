@@ -18,6 +18,7 @@ import pytest
 
 from lra.compose import load
 from lra.tasks import _pathfinder, build_task, pathfinder
+from lra.tasks._images import downscaled
 from lra.tasks._parts import Parts, cut, in_threads
 from lra.tasks._pathfinder_stamps import geometry
 from lra.tasks.base import SPLITS
@@ -167,8 +168,8 @@ def test_the_mean_of_a_square_of_pixels_becomes_one_token_with_halves_rounded_up
 def test_means_of_the_brightest_and_of_half_values_do_not_overflow():
     images = np.full((1, 32, 32), 255, np.uint8)
     images[0, :2, :2] = [[0, 0], [1, 1]]
-    assert pathfinder._downscaled(images, 16)[0, 1].tolist() == [255, 255]
-    assert pathfinder._downscaled(images, 2)[0, 0, :2].tolist() == [1, 255]
+    assert downscaled(images, 16)[0, 1].tolist() == [255, 255]
+    assert downscaled(images, 2)[0, 0, :2].tolist() == [1, 255]
 
 
 def test_the_manifest_tells_how_the_images_were_made(task):
