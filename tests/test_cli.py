@@ -267,6 +267,23 @@ def test_ls_of_a_task_tells_its_data_once_it_is_prepared(called, cache, tmp_path
     assert f"majority class {majority:.2f} %" in text
 
 
+def test_lra_data_says_of_every_task_where_its_data_would_be_from(called, tmp_path):
+    here = tmp_path / "here"
+    (here / "aan").mkdir(parents=True)
+    (here / "aan" / "papers.parquet").touch()
+    (here / "aan" / "citations.tsv").touch()
+    lines = called("data", f"data_dir={here}", f"cache_dir={tmp_path / 'none'}").stdout.splitlines()
+    states = dict(zip(lines[::2], lines[1::2], strict=True))
+    sources = {state.partition(":")[0]: source.strip() for state, source in states.items()}
+    assert set(sources) == set(TASKS.names())
+    assert all("missing" in state and "; run: lra data task=" in state for state in states)
+    assert sources["listops"] == sources["pathfinder"] == "source: it is generated"
+    assert sources["citations"] == f"source: files in {here / 'aan'}"
+    assert "stanfordnlp/imdb on the hub is asked" in sources["text"]
+    assert f"hf download uoft-cs/cifar10 --repo-type dataset --local-dir {here}" in sources["image"]
+    assert "OpenNLPLab/lra on the hub" in sources["retrieval"]
+
+
 def test_ls_of_an_attention_without_options_says_so(called):
     assert "It has no options." in called("ls", "attention=softmax").stdout
 
