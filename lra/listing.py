@@ -10,8 +10,6 @@ from dataclasses import fields
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import numpy as np
-
 from lra.compose import conf_dir, import_plugins, load, named_plugins
 from lra.tasks import TASKS
 from lra.text import aligned
@@ -133,6 +131,8 @@ def _options(group: str, name: str) -> str:
 
 def _data_of(overrides: Sequence[str]) -> str:
     """Returns what is known of the data that a run would have: sizes, lengths, balance, hash."""
+    import numpy as np
+
     try:
         config = load(overrides)
     except ValueError as error:

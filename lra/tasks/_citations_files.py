@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from lra.tasks._official import first_with_any
 from lra.tasks._pairs import check_text
 
 FILES = {"papers": "papers.parquet", "citations": "citations.tsv"}
@@ -30,16 +31,14 @@ def find_files(data_dir: Path) -> dict[str, Path]:
         f"citing<TAB>cited, and a row of two ids for each link)"
     )
     folders = [data_dir / folder for folder in _FOLDERS]
-    for folder in folders:
-        paths = {name: folder / file for name, file in FILES.items()}
-        missing = [path.name for path in paths.values() if not path.is_file()]
-        if not missing:
-            return paths
-        if len(missing) < len(paths):
-            raise ValueError(
-                f"{folder} should contain {content}, but there is no {missing[0]}. Put it there, "
-                f"or set data_dir=FOLDER."
-            )
+    paths, missing = first_with_any(folders, FILES)
+    if missing:
+        raise ValueError(
+            f"{paths['papers'].parent} should contain {content}, but there is no {missing[0]}. "
+            f"Put it there, or set data_dir=FOLDER."
+        )
+    if paths:
+        return paths
     raise ValueError(
         f"Documents with citation links are in neither of the folders "
         f"{' and '.join(map(str, folders))}, which should contain {content}. Put the two files "

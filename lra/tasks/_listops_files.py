@@ -13,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lra.tasks._listops import encode, evaluate
+from lra.tasks._official import first_with_any
 from lra.tasks.base import SPLITS, Split
 
 FILES = {name: f"basic_{name}.tsv" for name in SPLITS}
@@ -33,17 +34,15 @@ def find_files(data_dir: Path) -> dict[str, Path]:
         ValueError: If no folder has any, or that folder not all: what was looked for, and where.
     """
     folders = [data_dir / folder for folder in _FOLDERS]
-    for folder in folders:
-        paths = {name: folder / file for name, file in FILES.items()}
-        missing = [path.name for path in paths.values() if not path.is_file()]
-        if not missing:
-            return paths
-        if len(missing) < len(paths):
-            raise ValueError(
-                f"{folder} has some of the official ListOps files, but no "
-                f"{' and no '.join(missing)}. Put all three there, from lra_release, or set "
-                f"data_dir=FOLDER."
-            )
+    paths, missing = first_with_any(folders, FILES)
+    if missing:
+        raise ValueError(
+            f"{paths['train'].parent} has some of the official ListOps files, but no "
+            f"{' and no '.join(missing)}. Put all three there, from lra_release, or set "
+            f"data_dir=FOLDER."
+        )
+    if paths:
+        return paths
     raise ValueError(
         f"The official ListOps files, {', '.join(FILES.values())}, are in none of the folders "
         f"{', '.join(map(str, folders))}. Unpack the Long Range Arena release (lra_release) in "

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 from tqdm import tqdm
 
 from lra.tasks._hub import reason_of
+from lra.tasks._official import first_with_any
 from lra.tasks._pairs import check_text
 
 FILES = {
@@ -79,17 +80,14 @@ def find_files(data_dir: Path) -> dict[str, Path]:
     Raises:
         ValueError: If that folder has not all of them: which are missing.
     """
-    for folder in _folders(data_dir):
-        paths = {name: folder / file for name, file in FILES.items()}
-        missing = [path.name for path in paths.values() if not path.is_file()]
-        if not missing:
-            return paths
-        if len(missing) < len(paths):
-            raise ValueError(
-                f"{folder} has some of the Retrieval files, but no {' and no '.join(missing)}. "
-                f"Put all three there, or set data_dir=FOLDER. {how_to_get(data_dir)}"
-            )
-    return {}
+    paths, missing = first_with_any(_folders(data_dir), FILES)
+    if missing:
+        raise ValueError(
+            f"{paths['train'].parent} has some of the Retrieval files, but no "
+            f"{' and no '.join(missing)}. Put all three there, or set data_dir=FOLDER. "
+            f"{how_to_get(data_dir)}"
+        )
+    return paths
 
 
 def _folders(data_dir: Path) -> list[Path]:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from lra.tasks import register_task
 from lra.tasks._listops import VOCAB, evaluate, generate
 from lra.tasks._listops_files import find_files, read_files
+from lra.tasks._official import origin
 from lra.tasks.base import SPLITS, Built, Split, Task
 
 
@@ -93,14 +94,8 @@ class ListOps(Task):
             return {}
 
     def origin(self) -> str:
-        """Returns one line on what a build would do, and on official files that are there."""
-        try:
-            official = f"official files in {find_files(self.data_dir)['train'].parent}"
-        except ValueError as error:
-            return str(error) if self.config.source == "official" else super().origin()
-        if self.config.source == "official":
-            return official
-        return f"{super().origin()}; with task.source=official it is read from {official}"
+        """Returns what a build would do, and where official files are."""
+        return origin(self.config.source, lambda: find_files(self.data_dir)["train"].parent)
 
     def build(self) -> Built:
         """Reads the official files, or generates all splits from one stream of expressions."""

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from lra.tasks import register_task
 from lra.tasks._images import downscaled
+from lra.tasks._official import origin
 from lra.tasks._parts import Arrays, Parts, cut, in_threads
 from lra.tasks._pathfinder_files import (
     RELEASED,
@@ -135,14 +136,8 @@ class Pathfinder(Task):
             return {}
 
     def origin(self) -> str:
-        """Returns one line on what a build would do, and on official images that are there."""
-        try:
-            official = f"official images in {self._official_folder()}"
-        except ValueError as error:
-            return str(error) if self.config.source == "official" else super().origin()
-        if self.config.source == "official":
-            return official
-        return f"{super().origin()}; with task.source=official it is read from {official}"
+        """Returns what a build would do, and where official images are."""
+        return origin(self.config.source, self._official_folder)
 
     def build(self) -> Built:
         """Reads the official images, or generates those that no earlier build left."""
