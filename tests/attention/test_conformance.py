@@ -79,7 +79,7 @@ def test_what_is_not_declared_is_not_applicable_and_says_why():
         {"identities": frozenset({"permutation", "position shift", "key shift"})},
         {"identities": frozenset({"position shift"}), "key_mask": "none"},
     ],
-    ids=str,
+    ids=lambda declared: ", ".join(declared),
 )
 def test_a_sound_attention_passes_whatever_less_it_declares(declared):
     class Declares(Sound):
