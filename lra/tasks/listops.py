@@ -6,7 +6,6 @@ read from its official files; round parentheses, which carry no information, are
 """
 
 import os
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -19,6 +18,7 @@ from lra.tasks import register_task
 from lra.tasks._listops import VOCAB, evaluate, generate
 from lra.tasks._listops_files import find_files, read_files
 from lra.tasks._official import origin
+from lra.tasks._splits import tell_other_sizes
 from lra.tasks.base import SPLITS, Built, Split, Task
 
 
@@ -102,7 +102,9 @@ class ListOps(Task):
         config = self.config
         if config.source == "official":
             splits = read_files(find_files(self.data_dir), self.max_len)
-            self._tell_other_sizes(splits)
+            found = {name: len(split) for name, split in splits.items()}
+            released = (config.num_train, config.num_val, config.num_test)
+            tell_other_sizes("ListOps", found, dict(zip(SPLITS, released, strict=True)))
             source = "files of the Long Range Arena release"
         else:
             splits = self._generate()
@@ -127,18 +129,6 @@ class ListOps(Task):
         everything = Split.of(tokens, offsets, labels)
         ends = np.cumsum((0, *sizes)).tolist()
         return {name: everything.take(*ends[i : i + 2]) for i, name in enumerate(SPLITS)}
-
-    def _tell_other_sizes(self, splits: Mapping[str, Split]) -> None:
-        """Tells where files are not as long as the released ones; a download may be cut short."""
-        config = self.config
-        released = {"train": config.num_train, "val": config.num_val, "test": config.num_test}
-        told = [
-            f"{name} has {len(splits[name]):,} rows, not {rows:,}"
-            for name, rows in released.items()
-            if len(splits[name]) != rows
-        ]
-        if told:
-            print(f"These are not the released ListOps files: {', '.join(told)}.", file=sys.stderr)
 
 
 def _rules(splits: Mapping[str, Split]) -> dict[str, float]:

@@ -92,7 +92,7 @@ def sources(split):
 
 def told(captured):
     """Returns the lines on standard error, apart from progress bars and the line on few rows."""
-    usual = ("ListOps files:", "These are not the released ListOps files:")
+    usual = ("ListOps files:", "This is not the published ListOps data set:")
     return [
         line
         for line in captured.err.splitlines()
@@ -419,8 +419,8 @@ def test_other_files_of_the_same_size_are_noticed_where_contents_are_compared(ta
 
 def test_other_numbers_of_rows_than_released_are_told(task, capsys):
     task.prepare()
-    [line] = [line for line in capsys.readouterr().err.splitlines() if "not the released" in line]
-    assert "train has 3 rows, not 96,000, val has 3 rows, not 2,000" in line
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "not the published" in line]
+    assert "train has 3 examples, not 96,000, val has 3 examples, not 2,000" in line
 
 
 def test_a_folder_in_the_place_of_a_file_is_a_missing_file(task):
