@@ -228,7 +228,8 @@ def test_data_dir_may_begin_with_the_home_folder():
 
 
 def test_modified_compares_with_the_protocol_that_is_run():
-    config = load(["protocol=quick", "train.lr=1e-4", "train.steps=240", "train.betas=[0.5,0.999]"])
+    same = f"train.steps={load(['protocol=quick']).train.steps}"
+    config = load(["protocol=quick", "train.lr=1e-4", same, "train.betas=[0.5,0.999]"])
     assert config.modified == {
         "train.lr": [1e-3, 1e-4],
         "train.betas": [[0.9, 0.999], [0.5, 0.999]],
