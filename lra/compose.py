@@ -335,6 +335,11 @@ def _check_fit(config: RunConfig) -> None:
             or not task.validation_is_test,
             f"attention={name} with these options takes no masks, but model.zero_is_padding=true "
             "masks black pixels": able.key_mask != "none" or not config.model.zero_is_padding,
+            f"attention={name} with these options cannot take model.positions=rotary: its "
+            "similarity is no function of q.k": able.rotary or config.model.positions != "rotary",
+            "model.positions=rotary turns pairs of channels: model.head_dim must be at least 2": config.model.head_dim
+            >= 2
+            or config.model.positions != "rotary",
             f"the encoder attends in both directions, but attention={name} with these options "
             f"has only these forms: {forms}": "self" in patterns,
         }

@@ -28,7 +28,7 @@ class ModelConfig:
     max_len: int
     dropout: float
     attention_dropout: float
-    positions: Literal["learned", "sinusoidal"]
+    positions: Literal["learned", "sinusoidal", "rotary"]
     projection_bias: bool
     norm_eps: float
     init: Literal["normal", "xavier"]

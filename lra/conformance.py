@@ -4,7 +4,8 @@ Each check compares the fast form with the quadratic one, or two calls that must
 patterns that the capabilities declare. Errors of outputs are relative to what a query could give:
 the sum of its absolute weights times the largest value (for weights that are a distribution, the
 largest value), times that sum once more where it exceeds 1, as denominators near 0 magnify
-rounding. A query without any weight must give exactly 0.
+rounding; or to the query's largest output, where that is more than weighed values. A query without
+any weight must give exactly 0.
 """
 
 import math
@@ -21,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lra.measure import allocated_peak
 from lra.probe import GARBAGE, LONG, Call, Subject
 from lra.text import aligned
-from models.attention.base import Attention
+from models.attention.base import Attention, Mechanism
 
 EXACT, FLOAT32, BF16 = 1e-10, 2e-5, 3e-2
 TOLERANCES = {torch.float64: EXACT, torch.float32: FLOAT32, torch.bfloat16: BF16}
@@ -54,14 +55,14 @@ class Result:
 
 
 def check(
-    cls: type[Attention],
+    cls: type[Mechanism],
     options: Mapping[str, Any] | None = None,
     names: Iterable[str] | None = None,
 ) -> list[Result]:
-    """Runs checks on an attention.
+    """Runs checks on an attention or a mixer.
 
     Args:
-        cls: The attention's class; it need not be registered.
+        cls: Its class; it need not be registered.
         options: Its options.
         names: Names of ``CHECKS``; None for all.
 
@@ -153,13 +154,12 @@ def output_is_weights_times_values(subject: Subject) -> Worst:
     worst = Worst(EXACT)
 
     def compare(where: str, call: Call) -> None:
-        weights = call.weights()
-        worst.compare(call.out(), weights @ call.v, call.unit(weights), where)
+        worst.compare(call.out(), call.reference(), call.unit(), where)
 
     for d in HEAD_DIMS:
         for where, call in subject.calls(subject.build(d), (1, 7, 65), ((1, 7), (65, 3))):
             compare(where, call)
-    for wider in (0, 3):
+    for wider in (0,) if subject.able.own_values or subject.mixes else (0, 3):
         for where, call in subject.calls(subject.build(), LENGTHS, CROSS, wider):
             compare(where, call)
     attention = subject.build(training=True)
@@ -188,8 +188,7 @@ def _against_float64(subject: Subject, dtype: torch.dtype, autocast: bool) -> Wo
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 out = rounded.out()
             reference = rounded.to(torch.float64, exact)
-            expected = reference.weights() @ reference.v
-            worst.compare(out, expected, reference.unit(), f"{where}, {inputs}")
+            worst.compare(out, reference.reference(), reference.unit(), f"{where}, {inputs}")
             if out.dtype != inputs and not autocast:
                 worst.note(math.inf, f"{where}: the output is {out.dtype}")
     return worst
@@ -216,11 +215,16 @@ def long_sequences_lose_nothing(subject: Subject) -> Worst:
         tokens = replace(call, v=v, key_mask=mask).to(torch.bfloat16, attention)
         with torch.autocast("cpu", torch.bfloat16):
             out = tokens.out()
-        weights = (reference := tokens.to(torch.float64, exact)).weights()
-        # All that is summed up: for weights that are a distribution, the output itself.
-        summed = weights.abs() @ reference.v.abs()
-        worst.compare(out, weights @ reference.v, summed, f"{pattern}, N={n}")
+        _compare_sums(worst, out, tokens.to(torch.float64, exact), f"{pattern}, N={n}")
     return worst
+
+
+def _compare_sums(worst: Worst, out: Tensor, exact: Call, where: str) -> None:
+    """Notes errors in units of all that is summed up: for a distribution, the output itself."""
+    expected = exact.reference()
+    summed = exact.weights().abs() @ exact.v.abs()
+    unit = torch.maximum(summed, expected.abs().amax(-1, True))
+    worst.compare(out, expected, unit, where)
 
 
 # --- T2 to T5: what must not be felt -------------------------------------------------------------
@@ -369,9 +373,7 @@ def reduced_steps_are_float64(subject: Subject) -> Worst:
     tokens = replace(call, v=call.v.abs()).to(torch.bfloat16, attention)
     with torch.autocast("cpu", torch.bfloat16):
         [out] = _by_steps([tokens])
-    reference = tokens.to(torch.float64, exact)
-    weights = reference.weights()
-    worst.compare(out, weights @ reference.v, weights.abs() @ reference.v.abs(), "N=1,024")
+    _compare_sums(worst, out, tokens.to(torch.float64, exact), "N=1,024")
     return worst
 
 
@@ -482,6 +484,13 @@ def scaled_keys_change_nothing(subject: Subject) -> Worst:
     return _rescaled(subject, "key scale", lambda q, k: (q, 7.0 * k))
 
 
+def rotated_queries_and_keys_change_nothing(subject: Subject) -> Worst:
+    """One orthogonal map of all queries and keys leaves their products as they are."""
+    normal = torch.randn(8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    turn = torch.linalg.qr(normal).Q
+    return _rescaled(subject, "rotation", lambda q, k: (q @ turn, k @ turn))
+
+
 def _rescaled(
     subject: Subject, identity: str, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 ) -> Worst:
@@ -489,6 +498,7 @@ def _rescaled(
     worst, attention = Worst(EXACT), subject.build()
     for where, call in subject.calls(attention, (33,), ((5, 33),)):
         q, k = change(call.q, call.k)
+        k = q if call.k is call.q else k
         worst.compare(replace(call, q=q, k=k).out(), call.out(), call.unit(), where)
     return worst
 
@@ -557,7 +567,7 @@ def _gradients(subject: Subject, dtype: torch.dtype, tolerance: float) -> Worst:
             for leaf in leaves:
                 leaf.requires_grad_()
             leaves += attention.parameters()
-            forms = call.out(), call.weights() @ call.v
+            forms = call.out(), call.reference()
             to = torch.randn_like(forms[0])
             fast, exact = (
                 torch.autograd.grad((form * to).sum(), leaves, allow_unused=True) for form in forms
@@ -605,7 +615,7 @@ def operations_grow_as_declared(subject: Subject) -> Worst:
 
 def _operations(subject: Subject, n: int, causal: bool) -> int:
     """Returns the floating point operations of a forward pass of one head, as torch counts them."""
-    attention = subject.build(8, heads=1, max_len=4096, dtype=torch.float32)
+    attention = subject.build(8, heads=1, max_len=n, dtype=torch.float32)
     call = subject.call(attention, n, causal=causal, batch=1, dtype=torch.float32)
     counter = FlopCounterMode(display=False)
     # The fused kernel is counted on no CPU; the plain one has the same products.
@@ -616,7 +626,7 @@ def _operations(subject: Subject, n: int, causal: bool) -> int:
 
 def _training_peak(subject: Subject, n: int, d: int, causal: bool) -> int:
     """Returns the peak bytes that a forward and a backward pass of one head allocate."""
-    attention = subject.build(d, heads=1, max_len=4096, dtype=torch.float32).train()
+    attention = subject.build(d, heads=1, max_len=n, dtype=torch.float32).train()
     mask = None
     if subject.able.key_mask != "none":
         mask = (torch.arange(n) < n - 5).expand(1, -1)
@@ -660,7 +670,7 @@ def what_is_not_defined_is_refused(subject: Subject) -> Worst:
 
     def both(name: str, call: Call) -> None:
         refused[name] = call.out
-        refused[f"{name} (weights)"] = call.weights
+        refused[f"{name} (quadratic)"] = call.reference
 
     for kind in (torch.float32, torch.uint8, torch.int64):
         both(f"a mask of {kind}", replace(sound, key_mask=ones.to(kind)))
@@ -669,7 +679,7 @@ def what_is_not_defined_is_refused(subject: Subject) -> Worst:
         both(f"a mask of shape {shape}", replace(sound, key_mask=mask))
     if able.key_mask == "none":
         both("a mask", replace(sound, key_mask=ones))
-    if not able.shared_query_key:
+    if not (able.shared_query_key or subject.mixes):
         both("causal with N != S", replace(subject.call(attention, 5, 6), causal=True))
         if "cross" not in able.patterns:
             both("cross attention", subject.call(attention, 5, 6))
@@ -682,8 +692,13 @@ def what_is_not_defined_is_refused(subject: Subject) -> Worst:
         both("a layer input of another length", replace(sound, hidden=sound.hidden[:, :4]))
     if able.needs_max_len:
         both("more than max_len tokens", subject.call(attention, 17, causal=causal))
-    refused["values of another length"] = replace(sound, v=sound.v[:, :, :4]).out
-    both("another number of heads", replace(sound, q=sound.q[:, :1], k=sound.k[:, :1]))
+    if subject.mixes:
+        both("a narrower layer input", replace(sound, v=sound.v[..., 1:]))
+    else:
+        both("values of another length", replace(sound, v=sound.v[:, :, :4]))
+        both("another number of heads", replace(sound, q=sound.q[:, :1], k=sound.k[:, :1]))
+    if able.own_values:
+        both("values of another width", subject.call(attention, 5, causal=causal, wider=1))
     refused["an unknown option"] = lambda: Subject(subject.cls, subject.options | {"nonsense": 1})
     refused |= _refused_steps(subject, attention)
 
@@ -744,6 +759,7 @@ CHECKS: dict[str, Callable[[Subject], Worst]] = {
     "T9 key shift": one_vector_added_to_all_keys_changes_nothing,
     "T9 query scale": scaled_queries_change_nothing,
     "T9 key scale": scaled_keys_change_nothing,
+    "T9 rotation": rotated_queries_and_keys_change_nothing,
     "T11 gradients are derivatives": gradients_are_derivatives,
     "T11 gradients of both forms": gradients_are_those_of_weights,
     "T11 float32 gradients of both": float32_gradients_are_those_of_weights,

@@ -1,4 +1,7 @@
-"""An attention under test in any size, and calls of it on inputs made for checks."""
+"""An attention under test in any size, and calls of it on inputs made for checks.
+
+A mixer is looked at as an attention of one head that feels its values alone.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -8,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lra.typed import from_mapping
-from models.attention.base import Attention, Capabilities
+from models.attention.base import Attention, Capabilities, Context, Cost, Mechanism, Mixer
 
 GARBAGE = 1e4
 """How much larger than real tokens those are that nobody may feel."""
@@ -17,10 +20,44 @@ LONG = 400
 """A length past any chunk or block; from there on, only two kinds of masks are tried."""
 
 
+class MixerAsAttention(Attention):
+    """A mixer of the values, beside queries and keys of one head that it does not look at."""
+
+    def __init__(self, mixer: Mixer) -> None:
+        sizes = {"max_len": mixer.max_len, "model_dim": mixer.model_dim}
+        super().__init__(mixer.config, num_heads=1, head_dim=mixer.model_dim, **sizes)
+        self.capabilities = mixer.capabilities  # type: ignore[misc]
+        self.mixer = mixer
+
+    # What a call may be is for the mixer to check, so the public methods are replaced.
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, key_mask=None, causal=False, hidden=None):
+        return self.mixer(v[:, 0], key_mask, causal)[:, None]
+
+    def quadratic(self, q: Tensor, k: Tensor, v: Tensor, key_mask=None, causal=False, hidden=None):
+        return self.mixer.quadratic(v[:, 0], key_mask, causal)[:, None]
+
+    def weights(self, q: Tensor, k: Tensor, key_mask=None, causal=False, hidden=None) -> Tensor:
+        """Returns equal weights: errors are relative to the largest value or output."""
+        return self.matrix(q, k, Context(key_mask, causal, hidden))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+        return self.mixer.mix(v[:, 0], context)[:, None]
+
+    def matrix(self, q: Tensor, k: Tensor, context: Context) -> Tensor:
+        return q.new_full((*q.shape[:3], k.shape[2]), 1 / max(k.shape[2], 1))
+
+    def cost(self, n: int, s: int) -> Cost:
+        return self.mixer.cost(n, s)
+
+    def resample(self, generator: torch.Generator) -> None:
+        self.mixer.resample(generator)
+
+
 class Subject:
     """Builds the attention under test in any size."""
 
-    def __init__(self, cls: type[Attention], options: Mapping[str, Any]) -> None:
+    def __init__(self, cls: type[Mechanism], options: Mapping[str, Any]) -> None:
         self.cls, self.options = cls, dict(options)
         self.config = from_mapping(cls.Config, self.options, "attention")
 
@@ -28,6 +65,11 @@ class Subject:
     def able(self) -> Capabilities:
         """The capabilities under the options."""
         return self.cls.capabilities_with(self.config)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether it is a mixer: of one head, as wide as the layer's input."""
+        return issubclass(self.cls, Mixer)
 
     def build(
         self,
@@ -45,14 +87,15 @@ class Subject:
         In training it has drawn, where it is stochastic; otherwise it is in evaluation.
         """
         torch.manual_seed(seed)
-        attention = self.cls(
+        mechanism = self.cls(
             self.config,
             num_heads=heads,
             head_dim=head_dim,
             max_len=max_len,
-            model_dim=12,
+            model_dim=head_dim if self.mixes else 12,
             dropout=dropout,
         )
+        attention = MixerAsAttention(mechanism) if isinstance(mechanism, Mixer) else mechanism
         for parameter in attention.parameters():
             parameter.data += 0.1 * torch.randn(parameter.shape)
         if training:
@@ -135,7 +178,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Call:
-    """Arguments of an attention; ``out`` and ``weights`` are its two forms on them."""
+    """Arguments of an attention; ``out`` and ``reference`` are its two forms on them."""
 
     attention: Attention
     q: Tensor
@@ -165,12 +208,18 @@ class Call:
         """Returns the quadratic form's matrix."""
         return self.attention.weights(self.q, self.k, self.key_mask, self.causal, self.hidden)
 
-    def unit(self, weights: Tensor | None = None) -> Tensor:
+    def reference(self) -> Tensor:
+        """Returns the output by way of the quadratic form."""
+        call = (self.q, self.k, self.v, self.key_mask, self.causal, self.hidden)
+        return self.attention.quadratic(*call)
+
+    def unit(self) -> Tensor:
         """Returns what errors are relative to, for each query (B, H, N, 1)."""
-        weights = self.weights() if weights is None else weights
-        total = weights.detach().abs().sum(-1, keepdim=True).double()
+        total = self.weights().detach().abs().sum(-1, keepdim=True).double()
         largest = self.v.detach().double().abs().amax((-2, -1), keepdim=True)
-        return total * total.clamp_min(1.0) * largest
+        weighed = total * total.clamp_min(1.0) * largest
+        # Larger than that where the output is more than the weighed values.
+        return torch.maximum(weighed, self.reference().detach().double().abs().amax(-1, True))
 
     def similar(self) -> "Call":
         """Returns the call with queries and keys that have much in common.

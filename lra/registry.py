@@ -36,23 +36,28 @@ class Registry(Generic[T]):
         self.entry_points = entry_points
         self._entries: dict[str, type[T]] = {}
 
-    def register(self, name: str) -> Callable[[type[T]], type[T]]:
+    def register(self, name: str, base: str | None = None) -> Callable[[type[T]], type[T]]:
         """Returns a decorator that registers a class under ``name``.
 
+        Args:
+            name: The entry's name.
+            base: Another class to derive from than the registry's, as "module:name".
+
         Raises:
-            TypeError: If the decorated object is not a subclass of the registry's base class, or
-                lacks something of what that asks for.
+            TypeError: If the decorated object is not a subclass of the base class, or lacks
+                something of what that asks for.
             ValueError: If another class has the name already.
         """
 
         def add(cls: type[T]) -> type[T]:
-            module, _, base = self.base.partition(":")
+            wanted = base or self.base
+            module, _, parent = wanted.partition(":")
             if not (
                 isinstance(cls, type)
-                and issubclass(cls, getattr(importlib.import_module(module), base))
+                and issubclass(cls, getattr(importlib.import_module(module), parent))
             ):
                 raise TypeError(
-                    f"{self.kind} '{name}' must be a subclass of {self.base}, not {cls!r}."
+                    f"{self.kind} '{name}' must be a subclass of {wanted}, not {cls!r}."
                 )
             if lacks := _lacking(cls):
                 raise TypeError(f"{self.kind} '{name}' {lacks}.")

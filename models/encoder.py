@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from models.attention import build_attention
+from models.attention.base import Attention, Mechanism, Mixer
 from models.dropout import Dropout
+from models.rotary import Rotary
 
 INIT_STD = 0.02
 
@@ -30,8 +32,9 @@ class EncoderShape:
         max_len: The largest number of tokens.
         dropout: Dropout probability of embeddings and residual branches.
         attention_dropout: Dropout probability inside the attention, where it defines one.
-        positions: A ``learned`` table, or ``sinusoidal``: sine in even and cosine in odd channels
-            (Vaswani et al. 2017).
+        positions: A ``learned`` table; ``sinusoidal``: sine in even and cosine in odd channels
+            (Vaswani et al. 2017); or ``rotary``: nothing is added to embeddings, and queries and
+            keys are rotated by their positions (Su et al. 2021).
         cls: Whether a learned vector is put before the tokens; it has a position of its own.
         projection_bias: Whether query, key, value and output projections have a bias.
         norm_eps: Epsilon of the layer norms.
@@ -49,7 +52,7 @@ class EncoderShape:
     max_len: int
     dropout: float
     attention_dropout: float
-    positions: Literal["learned", "sinusoidal"]
+    positions: Literal["learned", "sinusoidal", "rotary"]
     cls: bool
     projection_bias: bool
     norm_eps: float
@@ -62,19 +65,12 @@ class EncoderShape:
 
 
 class MultiHeadAttention(nn.Module):
-    """Query, key, value and output projections around a mechanism."""
+    """Query, key, value and output projections around an attention."""
 
-    def __init__(self, shape: EncoderShape, attention: str, options: dict[str, Any]) -> None:
+    def __init__(self, shape: EncoderShape, attention: Attention) -> None:
         super().__init__()
-        self.attention = build_attention(
-            attention,
-            num_heads=shape.heads,
-            head_dim=shape.head_dim,
-            max_len=shape.num_positions,
-            model_dim=shape.dim,
-            dropout=shape.attention_dropout,
-            **options,
-        )
+        self.attention = attention
+        self.rotary = Rotary(shape.head_dim) if shape.positions == "rotary" else None
         self.heads = shape.heads
         # One product makes queries, keys (unless queries serve as keys) and values.
         self.parts = 2 if self.attention.capabilities.shared_query_key else 3
@@ -93,9 +89,32 @@ class MultiHeadAttention(nn.Module):
         """Maps (B, N, C) to (B, N, C); ``key_mask`` is bool (B, N), True for real tokens."""
         projected = self.project(x).unflatten(-1, (self.parts, self.heads, -1))
         q, *k, v = projected.permute(2, 0, 3, 1, 4).unbind(0)
+        if self.rotary is not None:
+            q, *k = (self.rotary(part) for part in (q, *k))
         hidden = x if self.attention.capabilities.needs_hidden else None
         out = self.attention(q, k[0] if k else q, v, key_mask=key_mask, hidden=hidden)
         return self.out(out.transpose(1, 2).flatten(2))
+
+
+def token_mixing(shape: EncoderShape, attention: str, options: dict[str, Any]) -> nn.Module:
+    """Builds the part of a block that mixes tokens: (B, N, C) and key mask to (B, N, C).
+
+    Raises:
+        ValueError: For names and options as `build_attention`; for rotary positions with a
+            mechanism that cannot take them.
+    """
+    mechanism = build_attention(
+        attention,
+        num_heads=shape.heads,
+        head_dim=shape.head_dim,
+        max_len=shape.num_positions,
+        model_dim=shape.dim,
+        dropout=shape.attention_dropout,
+        **options,
+    )
+    if shape.positions == "rotary" and not mechanism.capabilities.rotary:
+        raise ValueError(f"{attention} with these options cannot take rotary positions.")
+    return mechanism if isinstance(mechanism, Mixer) else MultiHeadAttention(shape, mechanism)
 
 
 class Block(nn.Module):
@@ -104,7 +123,7 @@ class Block(nn.Module):
     def __init__(self, shape: EncoderShape, attention: str, options: dict[str, Any]) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(shape.dim, eps=shape.norm_eps)
-        self.attention = MultiHeadAttention(shape, attention, options)
+        self.attention = token_mixing(shape, attention, options)
         self.ffn_norm = nn.LayerNorm(shape.dim, eps=shape.norm_eps)
         self.ffn = nn.Sequential(
             nn.Linear(shape.dim, shape.ffn_dim),
@@ -131,13 +150,13 @@ class Encoder(nn.Module):
     def __init__(self, shape: EncoderShape, attention: str, options: dict[str, Any]) -> None:
         super().__init__()
         self.tokens = nn.Embedding(shape.vocab_size, shape.dim)
-        learned = shape.positions == "learned"
-        if learned:
+        self.positions: nn.Embedding | None = None
+        if shape.positions == "learned":
             self.positions = nn.Embedding(shape.num_positions, shape.dim)
-        else:
+        elif shape.positions == "sinusoidal":
             self.positions = nn.Embedding.from_pretrained(sinusoids(shape.num_positions, shape.dim))
         nn.init.normal_(self.tokens.weight, std=1.0 if shape.init == "xavier" else INIT_STD)
-        if learned:
+        if shape.positions == "learned":
             nn.init.normal_(self.positions.weight, std=INIT_STD)
         self.cls = nn.Parameter(torch.zeros(shape.dim)) if shape.cls else None
         self.dropout = Dropout(shape.dropout)
@@ -158,7 +177,9 @@ class Encoder(nn.Module):
             x = torch.cat([self.cls.expand(len(x), 1, -1), x], 1)
             if key_mask is not None:
                 key_mask = nn.functional.pad(key_mask, (1, 0), value=True)
-        x = self.dropout(x + self.positions.weight[: x.shape[1]])
+        if self.positions is not None:
+            x = x + self.positions.weight[: x.shape[1]]
+        x = self.dropout(x)
         for block in self.blocks:
             x = block(x, key_mask)
         return self.norm(x)
@@ -172,7 +193,7 @@ def sinusoids(length: int, dim: int) -> Tensor:
 
 
 def resample(model: nn.Module, generator: torch.Generator) -> None:
-    """Gives every stochastic attention of ``model`` new random draws from ``generator``."""
-    for block in model.modules():
-        if isinstance(block, MultiHeadAttention):
-            block.attention.resample(generator)
+    """Gives every stochastic mechanism of ``model`` new random draws from ``generator``."""
+    for module in model.modules():
+        if isinstance(module, Mechanism):
+            module.resample(generator)

@@ -1,24 +1,26 @@
 """Attention mechanisms, one file each; `base` has the contract, `engines` the shared arithmetic.
 
-The registry itself imports no torch: names are known from files and entry points.
+Mixers, which map x to x without queries and keys, share the names and everything else. The registry itself imports no torch: names are known from files and entry points.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lra.registry import Registry
 from lra.typed import from_mapping
 
 if TYPE_CHECKING:
-    from models.attention.base import Attention, Capabilities
+    from models.attention.base import Capabilities, Mechanism
 
-ATTENTIONS: "Registry[Attention]" = Registry(
+ATTENTIONS: "Registry[Mechanism]" = Registry(
     "attention",
     "models.attention",
     base="models.attention.base:Attention",
     entry_points="lra.attention",
 )
 register_attention = ATTENTIONS.register
+register_mixer = partial(ATTENTIONS.register, base="models.attention.base:Mixer")
 
 
 def build_attention(
@@ -30,8 +32,8 @@ def build_attention(
     model_dim: int,
     dropout: float = 0.0,
     **options: Any,
-) -> "Attention":
-    """Builds a registered mechanism.
+) -> "Mechanism":
+    """Builds a registered mechanism, an attention or a mixer.
 
     Args:
         name: The registered name.

@@ -1,6 +1,7 @@
-"""The attention contract: what every mechanism takes, returns and declares.
+"""The contract: what every attention, and every mixer beside them, takes, returns and declares.
 
-Shapes: B batch, H heads, N queries, S keys, D query and key dimension, E value dimension.
+Shapes: B batch, H heads, N queries, S keys, D query and key dimension, E value dimension, C model
+dimension.
 """
 
 import abc
@@ -14,7 +15,11 @@ Pattern = Literal["self", "causal", "cross"]
 
 Growth = Literal["N", "N log N", "N^1.5", "N^2"]
 
-Identity = Literal["permutation", "position shift", "key shift", "query scale", "key scale"]
+Family = Literal["full", "pattern", "low rank", "kernel", "mixer", "other"]
+
+Identity = Literal[
+    "permutation", "position shift", "key shift", "query scale", "key scale", "rotation"
+]
 
 
 @dataclass(frozen=True)
@@ -23,23 +28,31 @@ class Capabilities:
 
     Attributes:
         paper: The paper the mechanism is from.
+        family: What it does about the N x N matrix: computes it (full), parts of it (pattern), a
+            product of thin matrices (low rank), sums of features instead (kernel), or mixes tokens
+            without queries and keys (mixer).
         patterns: The attention patterns it defines: self (bidirectional), causal, cross.
-        time: Growth of time in the sequence length N.
+        time: Growth of time in the sequence length N, of a model made for N tokens.
         memory: Growth of memory beyond q, k, v and the output, in training.
         key_mask: Whether what is masked is felt by nobody, is felt a little, or masks are refused.
         dropout: Where attention dropout applies.
         needs_max_len: It owns tensors or a horizon of size ``max_len``; longer input is refused.
         needs_hidden: It reads the layer's input as well as q, k and v.
+        own_values: It has values or gates of its own for each of the D channels, so E must be D.
         shared_query_key: Queries serve as keys, so the layer makes no key projection.
         stochastic: It draws random features, anew at each ``resample``.
         recurrent: It can be evaluated token by token with ``init_state`` and ``step``.
+        rotary: Its similarity depends on q.k and norms (with random features, in expectation), so
+            that rotating queries and keys by their positions makes it feel distances.
         identities: What changes nothing. ``permutation``: permuted tokens give permuted outputs.
             ``position shift``: masked tokens before a causal sequence. ``key shift``: one vector
             added to all keys. ``query scale``: a positive factor for each query. ``key scale``:
-            one positive factor for all keys.
+            one positive factor for all keys. ``rotation``: one orthogonal map of all queries and
+            keys.
     """
 
     paper: str
+    family: Family = "other"
     patterns: frozenset[Pattern] = frozenset({"self"})
     time: Growth = "N"
     memory: Growth = "N"
@@ -47,9 +60,11 @@ class Capabilities:
     dropout: Literal["weights", "none"] = "none"
     needs_max_len: bool = False
     needs_hidden: bool = False
+    own_values: bool = False
     shared_query_key: bool = False
     stochastic: bool = False
     recurrent: bool = False
+    rotary: bool = False
     identities: frozenset[Identity] = frozenset()
 
 
@@ -91,12 +106,8 @@ class Context(NamedTuple):
     start: int = 0
 
 
-class Attention(nn.Module, abc.ABC):
-    """Base class of every mechanism.
-
-    A mechanism sets ``capabilities``, declares its options as a frozen dataclass ``Config``, and
-    defines ``attend`` (the fast form), ``matrix`` (the quadratic form, its oracle) and ``cost``.
-    `lra check` tells whether it keeps what this class promises.
+class Mechanism(nn.Module, abc.ABC):
+    """What attentions and mixers have in common: options, capabilities, sizes, draws and cost.
 
     Args:
         config: The mechanism's options.
@@ -135,6 +146,53 @@ class Attention(nn.Module, abc.ABC):
         """Returns the capabilities under options; overridden where an option changes them."""
         return cls.capabilities
 
+    @abc.abstractmethod
+    def cost(self, n: int, s: int) -> Cost:
+        """Returns the declared cost for ``n`` queries and ``s`` keys, with E = D."""
+
+    def resample(self, generator: torch.Generator) -> None:
+        """Draws new random features; nothing to do unless the mechanism is stochastic."""
+
+    @property
+    def name(self) -> str:
+        """The mechanism's name for messages."""
+        return type(self).__name__
+
+    def _check_form(self, n: int, s: int, causal: bool) -> None:
+        """Refuses patterns and lengths that are not declared, for n queries and s keys."""
+        patterns = self.capabilities.patterns
+        forms = ", ".join(sorted(patterns))
+        if not causal and not patterns & {"self", "cross"}:
+            raise ValueError(f"{self.name} has no bidirectional form; it has {forms}.")
+        if causal and "causal" not in patterns:
+            raise ValueError(f"{self.name} has no causal form; it has {forms}.")
+        if causal and n != s:
+            raise ValueError(f"Causal attention needs as many queries as keys, not {n} and {s}.")
+        if n != s and "cross" not in patterns:
+            raise ValueError(f"{self.name} has no cross form: {n} queries, {s} keys.")
+        if self.capabilities.needs_max_len and max(n, s) > self.max_len:
+            raise ValueError(f"{self.name} takes {self.max_len} positions, not {max(n, s)}.")
+
+    def _check_mask(self, key_mask: Tensor | None, batch: int, s: int) -> None:
+        if key_mask is None:
+            return
+        if self.capabilities.key_mask == "none":
+            raise ValueError(f"{self.name} cannot honour a key_mask: pass whole sequences.")
+        if key_mask.dtype != torch.bool or key_mask.shape != (batch, s):
+            raise ValueError(
+                f"key_mask must be bool of shape {(batch, s)}, True for real tokens, not "
+                f"{key_mask.dtype} of shape {tuple(key_mask.shape)}."
+            )
+
+
+class Attention(Mechanism):
+    """Base class of every attention.
+
+    An attention sets ``capabilities``, declares its options as a frozen dataclass ``Config``, and
+    defines ``attend`` (the fast form), ``matrix`` (the quadratic form, its oracle) and ``cost``.
+    `lra check` tells whether it keeps what this class promises.
+    """
+
     def forward(
         self,
         q: Tensor,
@@ -163,11 +221,7 @@ class Attention(nn.Module, abc.ABC):
             ValueError: For a pattern, mask or shape that the mechanism cannot honour.
         """
         self._check(q, k, key_mask, causal, hidden)
-        if v.shape[:-1] != k.shape[:-1]:
-            raise ValueError(
-                f"Values must be of shape ({', '.join(map(str, k.shape[:-1]))}, E), as the keys, "
-                f"not {tuple(v.shape)}."
-            )
+        self._check_values(k, v)
         if k.shape[-2] == 0:
             return v.new_zeros(*q.shape[:-1], v.shape[-1])
         return self.attend(q, k, v, Context(key_mask, causal, hidden))
@@ -184,10 +238,10 @@ class Attention(nn.Module, abc.ABC):
         causal: bool = False,
         hidden: Tensor | None = None,
     ) -> Tensor:
-        """Returns the attention matrix (B, H, N, S) with ``forward == weights @ v``.
+        """Returns the attention matrix (B, H, N, S); quadratic in memory.
 
-        The oracle: quadratic in memory, same random draws, no dropout. Arguments and errors are
-        those of ``forward``.
+        Random draws are those of ``forward``; there is no dropout. Arguments and errors are those
+        of ``forward``.
         """
         self._check(q, k, key_mask, causal, hidden)
         if k.shape[-2] == 0:
@@ -198,9 +252,23 @@ class Attention(nn.Module, abc.ABC):
     def matrix(self, q: Tensor, k: Tensor, context: Context) -> Tensor:
         """Computes ``weights`` on checked arguments; written for clarity."""
 
-    @abc.abstractmethod
-    def cost(self, n: int, s: int) -> Cost:
-        """Returns the declared cost for ``n`` queries and ``s`` keys, with E = D."""
+    def quadratic(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_mask: Tensor | None = None,
+        causal: bool = False,
+        hidden: Tensor | None = None,
+    ) -> Tensor:
+        """Returns ``forward`` by way of ``weights``: the oracle, ``weights @ v`` for most."""
+        weights = self.weights(q, k, key_mask, causal, hidden)
+        self._check_values(k, v)
+        return self.combine(weights, v, Context(key_mask, causal, hidden))
+
+    def combine(self, weights: Tensor, v: Tensor, context: Context) -> Tensor:
+        """Makes ``quadratic``'s output of the matrix; overridden where it is not weights @ v."""
+        return weights @ v
 
     def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> Any:
         """Returns the state before the first token, for ``step``.
@@ -260,23 +328,21 @@ class Attention(nn.Module, abc.ABC):
         """Computes ``step`` on checked arguments; defined by mechanisms with a recurrent form."""
         raise NotImplementedError(f"{self.name} is declared recurrent: define advance.")
 
-    def resample(self, generator: torch.Generator) -> None:
-        """Draws new random features; nothing to do unless the mechanism is stochastic."""
-
-    @property
-    def name(self) -> str:
-        """The mechanism's name for messages."""
-        return type(self).__name__
-
     def _check_recurrent(self) -> None:
         if not self.capabilities.recurrent:
             raise ValueError(f"{self.name} has no recurrent form.")
 
+    def _check_values(self, k: Tensor, v: Tensor) -> None:
+        own = self.capabilities.own_values
+        if v.shape[:-1] != k.shape[:-1] or (own and v.shape[-1] != self.head_dim):
+            shape = (*map(str, k.shape[:-1]), str(self.head_dim) if own else "E")
+            raise ValueError(
+                f"Values must be of shape ({', '.join(shape)}), as the keys, not {tuple(v.shape)}."
+            )
+
     def _check(
         self, q: Tensor, k: Tensor, key_mask: Tensor | None, causal: bool, hidden: Tensor | None
     ) -> None:
-        patterns = self.capabilities.patterns
-        forms = ", ".join(sorted(patterns))
         expected = (k.shape[0], self.num_heads, self.head_dim)
         for name, x in (("Queries", q), ("Keys", k)):
             if x.ndim != 4 or (*x.shape[:2], x.shape[3]) != expected:
@@ -285,25 +351,8 @@ class Attention(nn.Module, abc.ABC):
                     f"{self.head_dim}), not {tuple(x.shape)}."
                 )
         n, s = q.shape[-2], k.shape[-2]
-        if not causal and not patterns & {"self", "cross"}:
-            raise ValueError(f"{self.name} has no bidirectional form; it has {forms}.")
-        if causal and "causal" not in patterns:
-            raise ValueError(f"{self.name} has no causal form; it has {forms}.")
-        if causal and n != s:
-            raise ValueError(f"Causal attention needs as many queries as keys, not {n} and {s}.")
-        if n != s and "cross" not in patterns:
-            raise ValueError(f"{self.name} has no cross form: {n} queries, {s} keys.")
-        if self.capabilities.needs_max_len and max(n, s) > self.max_len:
-            raise ValueError(f"{self.name} takes {self.max_len} positions, not {max(n, s)}.")
-        if key_mask is not None and self.capabilities.key_mask == "none":
-            raise ValueError(f"{self.name} cannot honour a key_mask: pass whole sequences.")
-        if key_mask is not None and (
-            key_mask.dtype != torch.bool or key_mask.shape != (k.shape[0], s)
-        ):
-            raise ValueError(
-                f"key_mask must be bool of shape {(k.shape[0], s)}, True for real tokens, not "
-                f"{key_mask.dtype} of shape {tuple(key_mask.shape)}."
-            )
+        self._check_form(n, s, causal)
+        self._check_mask(key_mask, k.shape[0], s)
         if self.capabilities.needs_hidden:
             if hidden is None:
                 raise ValueError(f"{self.name} needs the layer's input: pass hidden=.")
@@ -312,6 +361,53 @@ class Attention(nn.Module, abc.ABC):
                     f"hidden must be of shape {(q.shape[0], n, self.model_dim)}, not "
                     f"{tuple(hidden.shape)}."
                 )
+
+
+class Mixer(Mechanism):
+    """Base class of token mixers that are no attention: x -> x, without q, k, v and projections.
+
+    A mixer sets ``capabilities`` and ``Config`` as an attention does, and defines ``mix`` (the fast
+    form), ``mix_quadratic`` (its oracle) and ``cost``.
+    """
+
+    def forward(self, x: Tensor, key_mask: Tensor | None = None, causal: bool = False) -> Tensor:
+        """Mixes tokens.
+
+        Args:
+            x: The layer's input (B, N, C).
+            key_mask: Bool (B, N), True for a real token; holes are allowed. None: all real.
+            causal: Token i feels tokens j <= i only.
+
+        Returns:
+            (B, N, C). Where no token is real, exactly 0.
+
+        Raises:
+            ValueError: For a pattern, mask or shape that the mixer cannot honour.
+        """
+        self._check(x, key_mask, causal)
+        return self.mix(x, Context(key_mask, causal, None))
+
+    @abc.abstractmethod
+    def mix(self, x: Tensor, context: Context) -> Tensor:
+        """Computes ``forward`` on checked arguments."""
+
+    def quadratic(self, x: Tensor, key_mask: Tensor | None = None, causal: bool = False) -> Tensor:
+        """Returns ``forward`` by its definition, in quadratic time: the oracle."""
+        self._check(x, key_mask, causal)
+        return self.mix_quadratic(x, Context(key_mask, causal, None))
+
+    @abc.abstractmethod
+    def mix_quadratic(self, x: Tensor, context: Context) -> Tensor:
+        """Computes ``quadratic`` on checked arguments; written for clarity."""
+
+    def _check(self, x: Tensor, key_mask: Tensor | None, causal: bool) -> None:
+        if x.ndim != 3 or x.shape[2] != self.model_dim:
+            raise ValueError(
+                f"The layer's input must be of shape (B, N, {self.model_dim}), not "
+                f"{tuple(x.shape)}."
+            )
+        self._check_form(x.shape[1], x.shape[1], causal)
+        self._check_mask(key_mask, *x.shape[:2])
 
 
 def at_least_float32(x: Tensor) -> Tensor:

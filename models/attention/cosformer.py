@@ -55,6 +55,7 @@ class Cosformer(KernelAttention):
 
     capabilities = Capabilities(
         paper="Qin et al., ICLR 2022",
+        family="kernel",
         patterns=frozenset({"self", "causal", "cross"}),
         needs_max_len=True,
         recurrent=True,

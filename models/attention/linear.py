@@ -34,6 +34,7 @@ class Linear(KernelAttention):
 
     capabilities = Capabilities(
         paper="Katharopoulos et al., ICML 2020",
+        family="kernel",
         patterns=frozenset({"self", "causal", "cross"}),
         recurrent=True,
         identities=frozenset({"permutation", "position shift"}),

@@ -65,9 +65,11 @@ class RandomFeatureAttention(KernelAttention):
 
     capabilities = Capabilities(
         paper="Peng et al., ICLR 2021",
+        family="kernel",
         patterns=frozenset({"self", "causal", "cross"}),
         stochastic=True,
         recurrent=True,
+        rotary=True,
         identities=frozenset({"permutation", "position shift", "query scale", "key scale"}),
     )
 

@@ -42,11 +42,13 @@ class Softmax(Attention):
 
     capabilities = Capabilities(
         paper="Vaswani et al., NeurIPS 2017",
+        family="full",
         patterns=frozenset({"self", "causal", "cross"}),
         time="N^2",
         dropout="weights",
         recurrent=True,
-        identities=frozenset({"permutation", "position shift", "key shift"}),
+        rotary=True,
+        identities=frozenset({"permutation", "position shift", "key shift", "rotation"}),
     )
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:

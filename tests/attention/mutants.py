@@ -371,9 +371,10 @@ class ClaimsPermutation(Cosformer):
     capabilities = replace(Cosformer.capabilities, identities=frozenset({"permutation"}))
 
 
-class ClaimsScalesAndShift(Linear):
+class ClaimsScalesShiftAndRotation(Linear):
     capabilities = replace(
-        Linear.capabilities, identities=frozenset({"key shift", "query scale", "key scale"})
+        Linear.capabilities,
+        identities=frozenset({"key shift", "query scale", "key scale", "rotation"}),
     )
 
 
@@ -416,6 +417,11 @@ MUTANTS = {
     LargerState: {"T13 declared sizes"},
     AcceptsAnything: {"T14 refusals"},
     ClaimsPermutation: {"T9 permutation"},
-    ClaimsScalesAndShift: {"T9 key shift", "T9 query scale", "T9 key scale"},
+    ClaimsScalesShiftAndRotation: {
+        "T9 key shift",
+        "T9 query scale",
+        "T9 key scale",
+        "T9 rotation",
+    },
 }
 """The checks that must fail for each mutant; others may fail besides."""
