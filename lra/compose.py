@@ -324,6 +324,7 @@ def _check_fit(config: RunConfig) -> None:
     able = capabilities(name, config.attention_options)
     patterns = able.patterns
     forms = ", ".join(sorted(patterns))
+    rotary = config.model.positions == "rotary"
     require(
         {
             f"model.max_len is {config.model.max_len}, but {task.name} has examples of up to "
@@ -336,10 +337,9 @@ def _check_fit(config: RunConfig) -> None:
             f"attention={name} with these options takes no masks, but model.zero_is_padding=true "
             "masks black pixels": able.key_mask != "none" or not config.model.zero_is_padding,
             f"attention={name} with these options cannot take model.positions=rotary: its "
-            "similarity is no function of q.k": able.rotary or config.model.positions != "rotary",
-            "model.positions=rotary turns pairs of channels: model.head_dim must be at least 2": config.model.head_dim
-            >= 2
-            or config.model.positions != "rotary",
+            "similarity is no function of q.k": able.rotary or not rotary,
+            f"model.head_dim is {config.model.head_dim}, but model.positions=rotary turns pairs of "
+            "channels: model.head_dim must be at least 2": config.model.head_dim >= 2 or not rotary,
             f"the encoder attends in both directions, but attention={name} with these options "
             f"has only these forms: {forms}": "self" in patterns,
         }

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lra.typed import from_mapping
-from models.attention.base import Attention, Capabilities, Context, Cost, Mechanism, Mixer
+from models.attention.base import Attention, Capabilities, Mechanism, Mixer
 
 GARBAGE = 1e4
 """How much larger than real tokens those are that nobody may feel."""
@@ -20,38 +20,33 @@ LONG = 400
 """A length past any chunk or block; from there on, only two kinds of masks are tried."""
 
 
-class MixerAsAttention(Attention):
-    """A mixer of the values, beside queries and keys of one head that it does not look at."""
+class MixerAsAttention(nn.Module):
+    """A mixer of the values, called as an attention of one head whose queries and keys are idle.
+
+    What a call may be is for the mixer to check.
+    """
 
     def __init__(self, mixer: Mixer) -> None:
-        sizes = {"max_len": mixer.max_len, "model_dim": mixer.model_dim}
-        super().__init__(mixer.config, num_heads=1, head_dim=mixer.model_dim, **sizes)
-        self.capabilities = mixer.capabilities  # type: ignore[misc]
+        super().__init__()
         self.mixer = mixer
+        self.num_heads, self.head_dim, self.model_dim = 1, mixer.model_dim, mixer.model_dim
+        self.cost, self.resample = mixer.cost, mixer.resample
 
-    # What a call may be is for the mixer to check, so the public methods are replaced.
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *given: Any) -> Tensor:
+        """Mixes the values, under what is given of a mask and causality."""
+        return self.mixer(v[:, 0], *given[:2])[:, None]
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, key_mask=None, causal=False, hidden=None):
-        return self.mixer(v[:, 0], key_mask, causal)[:, None]
+    def quadratic(self, q: Tensor, k: Tensor, v: Tensor, *given: Any) -> Tensor:
+        """Mixes them by definition."""
+        return self.mixer.quadratic(v[:, 0], *given[:2])[:, None]
 
-    def quadratic(self, q: Tensor, k: Tensor, v: Tensor, key_mask=None, causal=False, hidden=None):
-        return self.mixer.quadratic(v[:, 0], key_mask, causal)[:, None]
-
-    def weights(self, q: Tensor, k: Tensor, key_mask=None, causal=False, hidden=None) -> Tensor:
+    def weights(self, q: Tensor, k: Tensor, *given: Any) -> Tensor:
         """Returns equal weights: errors are relative to the largest value or output."""
-        return self.matrix(q, k, Context(key_mask, causal, hidden))
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
-        return self.mixer.mix(v[:, 0], context)[:, None]
-
-    def matrix(self, q: Tensor, k: Tensor, context: Context) -> Tensor:
         return q.new_full((*q.shape[:3], k.shape[2]), 1 / max(k.shape[2], 1))
 
-    def cost(self, n: int, s: int) -> Cost:
-        return self.mixer.cost(n, s)
-
-    def resample(self, generator: torch.Generator) -> None:
-        self.mixer.resample(generator)
+    def init_state(self, *given: Any) -> Any:
+        """Refuses: a mixer has no recurrent form."""
+        raise ValueError("A mixer has no recurrent form.")
 
 
 class Subject:
@@ -95,7 +90,7 @@ class Subject:
             model_dim=head_dim if self.mixes else 12,
             dropout=dropout,
         )
-        attention = MixerAsAttention(mechanism) if isinstance(mechanism, Mixer) else mechanism
+        attention: Any = MixerAsAttention(mechanism) if self.mixes else mechanism
         for parameter in attention.parameters():
             parameter.data += 0.1 * torch.randn(parameter.shape)
         if training:

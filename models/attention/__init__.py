@@ -1,6 +1,7 @@
 """Attention mechanisms, one file each; `base` has the contract, `engines` the shared arithmetic.
 
-Mixers, which map x to x without queries and keys, share the names and everything else. The registry itself imports no torch: names are known from files and entry points.
+Mixers, which map x to x without queries and keys, share the names and everything else. The registry
+itself imports no torch: names are known from files and entry points.
 """
 
 from collections.abc import Mapping

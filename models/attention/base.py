@@ -432,3 +432,9 @@ def own_lengths(key_mask: Tensor | None, keys: Tensor) -> Tensor:
     if key_mask is None:
         return torch.full((batch,), positions, device=keys.device)
     return (key_mask * torch.arange(1, positions + 1, device=keys.device)).amax(-1)
+
+
+def masked_softmax(scores: Tensor, keep: Tensor) -> Tensor:
+    """Returns the softmax of ``scores`` over what ``keep`` admits; 0 elsewhere and without any."""
+    lowest = torch.finfo(scores.dtype).min
+    return scores.masked_fill(~keep, lowest).softmax(-1).masked_fill(~keep, 0.0)

@@ -15,7 +15,14 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from models.attention import register_attention
-from models.attention.base import Attention, Capabilities, Context, Cost, admissible_keys
+from models.attention.base import (
+    Attention,
+    Capabilities,
+    Context,
+    Cost,
+    admissible_keys,
+    masked_softmax,
+)
 from models.attention.engines.dropout import softmax_dropout_attention
 
 MASKED_ROWS = 128
@@ -53,13 +60,13 @@ class Softmax(Attention):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         """Computes fused attention."""
-        key_mask, causal = context.key_mask, context.causal
+        causal = context.causal
+        mask = None if context.key_mask is None else context.key_mask[:, None, None, :]
         dropout = self.dropout if self.training else 0.0
         if dropout and q.device.type == "cpu":
-            return softmax_dropout_attention(q, k, v, key_mask, dropout, causal)
-        if key_mask is None:
+            return softmax_dropout_attention(q, k, v, mask, dropout, causal)
+        if mask is None:
             return F.scaled_dot_product_attention(q, k, v, is_causal=causal, dropout_p=dropout)
-        mask = key_mask[:, None, None, :]
         if not causal:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         n = q.shape[-2]
@@ -74,8 +81,7 @@ class Softmax(Attention):
     def matrix(self, q: Tensor, k: Tensor, context: Context) -> Tensor:
         """Returns softmax(q k^T / sqrt(D)) over the admissible keys, 0 where there is none."""
         scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
-        keep = admissible_keys(q, k, context)
-        return torch.where(keep, scores.masked_fill(~keep, -torch.inf).softmax(-1), 0.0)
+        return masked_softmax(scores, admissible_keys(q, k, context))
 
     def initial_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> Cache:
         """Returns an empty cache with memory for ``max_len`` keys."""

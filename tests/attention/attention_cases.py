@@ -1,6 +1,6 @@
 """What the attention tests share: every mechanism with every choice it has, inputs and masks."""
 
-from typing import get_args, get_type_hints
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
@@ -8,6 +8,7 @@ import torch
 from models import attention as registered
 from models import build_attention
 from models.attention import ATTENTIONS
+from models.attention.base import Attention
 
 
 def _variants():
@@ -24,7 +25,9 @@ def _variants():
 def _choices(hint):
     if hint is bool:
         return [False, True]
-    return [choice for part in get_args(hint) for choice in (_choices(part) or [part])]
+    if get_origin(hint) is Literal:
+        return list(get_args(hint))
+    return [choice for part in get_args(hint) for choice in _choices(part)]
 
 
 def _label(name, options):
@@ -36,6 +39,13 @@ def _label(name, options):
 
 
 MECHANISMS = {_label(name, options): (name, options) for name, options in _variants()}
+"""Attentions and mixers."""
+
+ATTENDING = [m for m in MECHANISMS if issubclass(ATTENTIONS.get(MECHANISMS[m][0]), Attention)]
+    m for m, (name, _) in MECHANISMS.items() if issubclass(ATTENTIONS.get(name), Attention)
+]
+"""Attentions alone."""
+
 for_every_mechanism = pytest.mark.parametrize("mechanism", MECHANISMS)
 
 
@@ -53,13 +63,13 @@ def for_those_without(pattern):
     return pytest.mark.parametrize("mechanism", lacking)
 
 
-def build(mechanism, num_heads=2, head_dim=8, dropout=0.0):
+def build(mechanism, num_heads=2, head_dim=8, dropout=0.0, max_len=4096):
     name, options = MECHANISMS[mechanism]
     return build_attention(
         name,
         num_heads=num_heads,
         head_dim=head_dim,
-        max_len=4096,
+        max_len=max_len,
         model_dim=num_heads * head_dim,
         dropout=dropout,
         **options,
@@ -123,3 +133,14 @@ def assert_near(actual, expected, tolerance):
     assert actual.shape == expected.shape
     error = (actual.double() - expected.double()).abs().max().item()
     assert error <= tolerance * max(1.0, expected.abs().max().item()), error
+
+
+def softmax_over(pairs, q, k, v):
+    """Softmax attention over the pairs (i, j) that ``pairs`` admits, one query at a time."""
+    out = torch.zeros(*q.shape[:3], v.shape[3], dtype=v.dtype)
+    for i in range(q.shape[2]):
+        seen = [j for j in range(k.shape[2]) if pairs(i, j)]
+        if seen:
+            logits = torch.einsum("bhd,bhjd->bhj", q[:, :, i], k[:, :, seen]) / q.shape[3] ** 0.5
+            out[:, :, i] = torch.einsum("bhj,bhje->bhe", logits.softmax(-1), v[:, :, seen])
+    return out

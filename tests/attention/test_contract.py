@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from attention_cases import (
+    ATTENDING,
     MASKS,
     MECHANISMS,
     assert_near,
@@ -19,8 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import attention as registered
-from models import build_attention
-from models.attention.base import Attention, Capabilities, Cost, own_lengths
+from models import build_attention, register_attention, register_mixer
+from models.attention.base import Attention, Capabilities, Cost, Mixer, own_lengths
 
 NON_NEGATIVE = [
     "softmax",
@@ -33,7 +34,7 @@ NON_NEGATIVE = [
     "rfa-arccos",
 ]
 
-PATTERNS = [(m, pattern) for m in MECHANISMS for pattern in sorted(capabilities(m).patterns)]
+PATTERNS = [(m, pattern) for m in ATTENDING for pattern in sorted(capabilities(m).patterns)]
 for_every_pattern = pytest.mark.parametrize(("mechanism", "pattern"), PATTERNS)
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -51,10 +52,14 @@ def made(mechanism, dtype=torch.float64, **arguments):
 
 def call(mechanism, pattern, n=7, dtype=torch.float64, **arguments):
     """Returns inputs of a pattern, and the arguments that go with them."""
-    qkv = inputs(n, n + 4 if pattern == "cross" else n, dtype=dtype, **arguments)
-    batch, heads, _, d = qkv[0].shape
+    able = capabilities(mechanism)
+    if able.own_values:
+        arguments["e"] = 8
+    q, k, v = inputs(n, n + 4 if pattern == "cross" else n, dtype=dtype, **arguments)
+    qkv = (q, q if able.shared_query_key else k, v)
+    batch, heads, _, d = q.shape
     more = {"causal": pattern == "causal"}
-    if capabilities(mechanism).needs_hidden:
+    if able.needs_hidden:
         generator = torch.Generator().manual_seed(1)
         hidden = torch.randn(batch, n, heads * d, generator=generator, dtype=torch.float64)
         more["hidden"] = hidden.to(dtype)
@@ -140,7 +145,7 @@ def test_the_output_of_a_step_has_the_dtype_of_the_values(mechanism, dtype):
     for _ in range(2):
         out, state = attention.step(*qkv, state, hidden=more.get("hidden"))
         assert out.dtype == dtype
-        assert out.shape == (3, 2, 1, 5)
+        assert out.shape == qkv[2].shape
 
 
 @for_every_pattern
@@ -163,34 +168,35 @@ def counted(attention, *qkv, **more):
     return counter.get_total_flops()
 
 
-BIDIRECTIONAL = [
-    (m, n, s)
-    for m in MECHANISMS
-    for n, s in [(16, 16), (16, 40), (40, 16)]
-    if ("self" if n == s else "cross") in capabilities(m).patterns
-]
+BIDIRECTIONAL = [(m, pattern) for m, pattern in PATTERNS if pattern != "causal"]
 
 
-@pytest.mark.parametrize(("mechanism", "n", "s"), BIDIRECTIONAL)
-def test_the_declared_operations_are_those_counted(mechanism, n, s):
+@pytest.mark.parametrize("n", [16, 40, 600])
+@pytest.mark.parametrize(("mechanism", "pattern"), BIDIRECTIONAL)
+def test_the_declared_operations_are_those_counted(mechanism, pattern, n):
     attention = build(mechanism)
-    qkv = inputs(n, s, batch=1, e=8, dtype=torch.float32)
-    assert attention.cost(n, s).flops == counted(attention, *qkv)
+    qkv, more = call(mechanism, pattern, n, batch=1, e=8, dtype=torch.float32)
+    s = qkv[1].shape[2]
+    assert attention.cost(n, s).flops == counted(attention, *qkv, **more)
+    if pattern == "cross":
+        q, k, v = inputs(s, n, batch=1, e=8, dtype=torch.float32)
+        assert attention.cost(s, n).flops == counted(attention, q, k, v)
 
 
 @for_every_mechanism
 def test_the_declared_cost_grows_as_the_capabilities_say(mechanism):
-    attention = build(mechanism)
-    growth = attention.cost(2**20, 2**20).flops / attention.cost(2**18, 2**18).flops
+    with torch.device("meta"):  # of sizes that no memory has
+        small, large = (build(mechanism, max_len=n).cost(n, n).flops for n in (2**18, 2**20))
+    growth = large / small
     exponent = {"N": 1, "N log N": 1, "N^1.5": 1.5, "N^2": 2}[capabilities(mechanism).time]
     assert growth == pytest.approx(4**exponent, rel=0.15)
 
 
 @pytest.mark.parametrize("mechanism", [m for m, pattern in PATTERNS if pattern == "causal"])
 def test_the_operations_of_causal_attention_grow_as_the_capabilities_say(mechanism):
-    attention = build(mechanism, num_heads=1)
     operations = []
-    for n in (256, 1024):
+    for n in (1024, 4096):
+        attention = build(mechanism, num_heads=1, max_len=n)
         arguments = {"n": n, "dtype": torch.float32, "batch": 1, "heads": 1}
         qkv, more = call(mechanism, "causal", **arguments)
         operations.append(counted(attention, *qkv, **more))
@@ -331,6 +337,16 @@ def test_other_heads_and_dimensions_than_those_built_for_are_refused(shape):
     refuses(f"Keys {expected}", mean("self"), q, other, v)
 
 
+def test_values_of_another_width_are_refused_where_the_mechanism_has_its_own():
+    attention = mean("self", own_values=True)
+    accepts(attention, *inputs(5, e=8))
+    q, k, v = inputs(5, e=7)
+    message = "Values must be of shape (3, 2, 5, 8), as the keys, not (3, 2, 5, 7)."
+    for form in (attention, attention.quadratic):
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            form(q, k, v)
+
+
 def test_queries_of_another_batch_are_refused():
     q, k, v = inputs(5)
     message = "Queries must be of shape (3, 2, N, 8), not (1, 2, 5, 8)."
@@ -387,6 +403,82 @@ def test_without_keys_the_weights_have_no_columns():
                 assert weights.shape == (3, 2, 5, 0), mechanism
 
 
+# Mixers
+
+
+class Reversed(Mixer):
+    """The other half of the channels first, of real tokens alone."""
+
+    Config = Capabilities
+
+    @classmethod
+    def capabilities_with(cls, config):
+        return config
+
+    def mix(self, x, context):
+        real = True if context.key_mask is None else context.key_mask[..., None]
+        return x.flip(-1) * real
+
+    def mix_quadratic(self, x, context):
+        return self.mix(x, context)
+
+    def cost(self, n, s):
+        return Cost(0, 0, 0, 0)
+
+
+def mixer(*patterns, **declared):
+    able = Capabilities(paper="none", patterns=frozenset(patterns), **declared)
+    return Reversed(able, num_heads=2, head_dim=8, max_len=16, model_dim=6)
+
+
+def mixer_refuses(message, mixes, *arguments, **more):
+    """Asserts that the fast and the quadratic form both refuse, with exactly this message."""
+    for form in (mixes, mixes.quadratic):
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            form(*arguments, **more)
+
+
+def test_a_mixer_maps_the_layers_input_to_its_like():
+    x = torch.randn(3, 5, 6)
+    assert torch.equal(mixer("self")(x), x.flip(-1))
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 7), (3, 6), (3, 2, 5, 6)])
+def test_a_mixer_refuses_input_of_another_shape(shape):
+    message = f"The layer's input must be of shape (B, N, 6), not {shape}."
+    mixer_refuses(message, mixer("self"), torch.zeros(shape))
+
+
+def test_a_mixer_refuses_what_it_does_not_declare():
+    x, mask = torch.zeros(3, 5, 6), torch.ones(3, 5, dtype=torch.bool)
+    message = "Reversed has no causal form; it has self."
+    mixer_refuses(message, mixer("self"), x, causal=True)
+    message = "Reversed has no bidirectional form; it has causal."
+    mixer_refuses(message, mixer("causal"), x)
+    message = "Reversed cannot honour a key_mask: pass whole sequences."
+    mixer_refuses(message, mixer("self", key_mask="none"), x, mask)
+    message = "Reversed takes 16 positions, not 17."
+    mixer_refuses(message, mixer("self", needs_max_len=True), torch.zeros(3, 17, 6))
+
+
+@pytest.mark.parametrize(
+    "mask", [torch.ones(3, 5), torch.ones(3, 4).bool(), torch.ones(1, 5).bool()]
+)
+def test_a_mixer_refuses_other_masks(mask):
+    message = (
+        "key_mask must be bool of shape (3, 5), True for real tokens, not "
+        f"{mask.dtype} of shape {tuple(mask.shape)}."
+    )
+    mixer_refuses(message, mixer("self"), torch.zeros(3, 5, 6), mask)
+
+
+def test_attentions_and_mixers_are_registered_by_what_they_are():
+    with pytest.raises(TypeError, match=r"must be a subclass of models\.attention\.base:Mixer"):
+        register_mixer("mean")(Mean)
+    with pytest.raises(TypeError, match=r"must be a subclass of models\.attention\.base:Attention"):
+        register_attention("reversed")(Reversed)
+
+
 # Refusals of names and options
 
 
@@ -396,7 +488,7 @@ SIZES = {"num_heads": 2, "head_dim": 8, "max_len": 16, "model_dim": 16}
 def test_an_unknown_name_is_refused_with_the_near_match_and_all_names():
     with pytest.raises(ValueError, match="Unknown attention 'cosfromer'") as error:
         build_attention("cosfromer", **SIZES)
-    assert "Did you mean cosformer?" in str(error.value)
+    assert "Did you mean cosformer" in str(error.value)
     assert "softmax" in str(error.value)
 
 

@@ -251,12 +251,26 @@ def quadratic(q, k, v, key_mask, keep, p, causal=False):
 def test_without_dropping_it_is_the_fused_kernel(small_blocks, mask, n, s, causal):
     key_mask = DROPOUT_MASKS[mask](s)
     leaves = [x.requires_grad_() for x in inputs(n, s, heads=3)]
-    out = softmax_dropout_attention(*leaves, key_mask, dropout=0.0, causal=causal)
     attn_mask = None if key_mask is None else key_mask[:, None, None]
+    out = softmax_dropout_attention(*leaves, attn_mask, dropout=0.0, causal=causal)
     if causal:
         past = torch.ones(n, s, dtype=torch.bool).tril()
         attn_mask = past if attn_mask is None else attn_mask & past
     fused = F.scaled_dot_product_attention(*leaves, attn_mask=attn_mask)
+    assert_near(out, fused, 1e-12)
+    assert_same_gradients(out, fused, leaves, 1e-12)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(3, 3, 23, 13), (3, 1, 23, 13), (1, 3, 23, 13), (1, 1, 23, 13), (3, 3, 1, 13), (23, 13)],
+)
+def test_a_mask_may_differ_by_sample_head_and_query(small_blocks, shape):
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    mask[..., 4 : 6 if shape[-2] > 1 else None, :] &= shape[-2] == 1  # queries that see nothing
+    leaves = [x.requires_grad_() for x in inputs(23, 13, heads=3)]
+    out = softmax_dropout_attention(*leaves, mask, dropout=0.0)
+    fused = F.scaled_dot_product_attention(*leaves, attn_mask=mask)
     assert_near(out, fused, 1e-12)
     assert_same_gradients(out, fused, leaves, 1e-12)
 

@@ -1,6 +1,6 @@
 """Seconds a training step of the `nystrom` ListOps model, and ratios; run it on an idle machine.
 
-    python tests/benchmarks/training_step.py [--rounds 5] [--profile]
+    python tests/benchmarks/training_step.py [--rounds 5] [--only nystrom,fnet] [--profile]
 
 Every round takes one step of each contestant in turn, so that drift favours none; the medians are
 compared. `bare SDPA` is a model of the same size written out with plain torch modules around
@@ -10,6 +10,7 @@ compared. `bare SDPA` is a model of the same size written out with plain torch m
 import argparse
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -19,11 +20,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.profiler import profile
 
-from lra.compose import load
+from lra.compose import load, load_attentions
 from lra.measure import Clock
 from lra.run import new_record
 from lra.tasks.base import Prepared, Split
 from lra.train import Trainer
+from models.attention import capabilities
 from models.dropout import Dropout
 
 CPU = torch.device("cpu")
@@ -125,47 +127,92 @@ def compare(title, reference, steps, rounds, profiled):
         print(spent.key_averages().table(sort_by="self_cpu_time_total", row_limit=12))
 
 
+MECHANISMS = {
+    "linear (elu+1)": ["attention=linear"],
+    "linear (relu)": ["attention=linear", "attention.feature=relu"],
+    "cosformer": ["attention=cosformer"],
+    "rfa (D = 64)": ["attention=rfa", "attention.projections=64"],
+    "performer (256 features)": ["attention=performer", "attention.features=256"],
+    "performer (relu)": ["attention=performer", "attention.kernel=relu"],
+    "retnet": ["attention=retnet"],
+    "linformer (256)": ["attention=linformer"],
+    "nystrom (64 landmarks)": ["attention=nystrom"],
+    "skyformer (128 landmarks)": ["attention=skyformer"],
+    "kernelized": ["attention=kernelized"],
+    "local (block 64)": ["attention=local"],
+    "local (neighbours, 64)": ["attention=local", "attention.pattern=neighbour"],
+    "local (band, reach 64)": ["attention=local", "attention.pattern=band"],
+    "longformer (reach 64)": ["attention=longformer", "attention.window=128"],
+    "longformer (window 512)": ["attention=longformer"],
+    "sparse (fixed)": ["attention=sparse"],
+    "sparse (strided)": ["attention=sparse", "attention.pattern=strided"],
+    "bigbird": ["attention=bigbird"],
+    "reformer": ["attention=reformer"],
+    "sinkhorn": ["attention=sinkhorn"],
+    "synthesizer (random)": ["attention=synthesizer"],
+    "fnet": ["attention=fnet"],
+}
+"""What is compared with softmax; a mechanism's options where they are not its defaults."""
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", type=lambda text: text.split(","))
     parser.add_argument("--profile", action="store_true")
     given = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32, batch {BATCH}")
 
+    def chosen(steps):
+        """Returns the steps of the mechanisms asked for, with softmax to compare them with."""
+        names = given.only or [""]
+        kept = {n: make for n, make in steps.items() if any(part in n for part in names)}
+        return {n: make() for n, make in (steps | kept).items() if n in kept or "softmax" in n}
+
     dry = "model.attention_dropout=0"
-    relu = ("attention=linear", "attention.feature=relu")
-    rfa = ("attention=rfa", "attention.projections=64")
     full = filled()
     compare(
-        f"all {LENGTH} positions filled",
-        "softmax, no attention dropout",
-        {
-            "bare SDPA, no attention dropout": bare_step(),
-            "softmax, no attention dropout": harness_step(full, dry),
-            "softmax (attention dropout 0.1)": harness_step(full),
-            "cosformer": harness_step(full, "attention=cosformer"),
-            "linear (relu)": harness_step(full, *relu),
-            "rfa (D = 64)": harness_step(full, *rfa),
-        },
+        f"all {LENGTH} positions filled, no attention dropout",
+        "softmax",
+        chosen(
+            {"bare SDPA": bare_step, "softmax": partial(harness_step, full, dry)}
+            | {n: partial(harness_step, full, dry, *m) for n, m in MECHANISMS.items()}
+        ),
         given.rounds,
         given.profile,
     )
+    compare(
+        f"all {LENGTH} positions filled, attention dropout 0.1 where the mechanism has it",
+        "softmax",
+        chosen(
+            {"softmax": partial(harness_step, full)}
+            | {n: partial(harness_step, full, *m) for n, m in MECHANISMS.items() if dropping(m)}
+        ),
+        given.rounds,
+        given.profile,
+    )
+    few = ("linear (relu)", "cosformer", "rfa (D = 64)")
     whole = "micro_batches=1"
     compare(
-        "real lengths, mean 1,035; `whole`: padded to the batch's longest",
-        "softmax, no attention dropout",
-        {
-            "softmax, no attention dropout": harness_step(None, dry),
-            "softmax, no attention dropout, whole": harness_step(None, dry, whole),
-            "softmax (attention dropout 0.1)": harness_step(None),
-            "cosformer": harness_step(None, "attention=cosformer"),
-            "cosformer, whole": harness_step(None, "attention=cosformer", whole),
-            "linear (relu)": harness_step(None, *relu),
-            "rfa (D = 64)": harness_step(None, *rfa),
-        },
+        "real lengths, mean 1,035; `whole`: padded to the batch's longest; no attention dropout",
+        "softmax",
+        chosen(
+            {
+                "softmax": partial(harness_step, None, dry),
+                "softmax, whole": partial(harness_step, None, dry, whole),
+                "cosformer, whole": partial(harness_step, None, "attention=cosformer", whole),
+            }
+            | {n: partial(harness_step, None, *MECHANISMS[n]) for n in few}
+        ),
         given.rounds,
         given.profile,
     )
+
+
+def dropping(overrides):
+    """Whether a mechanism has attention dropout."""
+    [(name, options)] = load_attentions(overrides)
+    return capabilities(name, options).dropout == "weights"
 
 
 if __name__ == "__main__":

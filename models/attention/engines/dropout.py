@@ -16,18 +16,17 @@ from torch import Tensor
 
 from models.dropout import Draws
 
-MATRICES = 2
-"""Matrices of a block. Constant, since the blocks decide which draw falls on which weight."""
-
 BLOCK_BYTES = 2**22
-"""Size of a block of weights: the few alive at a time fit in a CPU's last-level cache."""
+"""Size of a block of weights: the few alive at a time fit in a CPU's last-level cache.
+
+Constant, since the blocks decide which draw falls on which weight."""
 
 
 def softmax_dropout_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    key_mask: Tensor | None,
+    mask: Tensor | None,
     dropout: float,
     causal: bool = False,
 ) -> Tensor:
@@ -37,17 +36,18 @@ def softmax_dropout_attention(
         q: Queries (B, H, N, D), on CPU.
         k: Keys (B, H, S, D).
         v: Values (B, H, S, E).
-        key_mask: Bool (B, S), True for real tokens.
+        mask: Bool, broadcastable to (B, H, N, S), True for what is admissible; None: everything.
         dropout: Probability p that a weight is dropped.
-        causal: Query i sees keys j <= i only.
+        causal: Query i sees keys j <= i only; with a mask that is the same for all queries.
 
     Returns:
         (B, H, N, E). The draw depends on torch's default generator alone.
     """
     bias = None
-    if key_mask is not None:
-        bias = torch.zeros(key_mask.shape, dtype=torch.promote_types(q.dtype, torch.float32))
-        bias.masked_fill_(~key_mask, -torch.inf)
+    if mask is not None:
+        mask = mask[(None,) * (4 - mask.ndim)]
+        bias = torch.zeros(mask.shape, dtype=torch.promote_types(q.dtype, torch.float32))
+        bias.masked_fill_(~mask, -torch.inf)
     # Scores and weights are in float32 in both directions, whatever autocast says.
     with torch.autocast("cpu", enabled=False):
         return _SoftmaxDropout.apply(q, k, v, bias, causal, Draws(dropout))
@@ -76,18 +76,30 @@ class _Blocks:
         self.q = (q.to(torch.promote_types(q.dtype, torch.float32)) * d**-0.5).reshape(-1, n, d)
         self.k = k.to(self.q.dtype).reshape(-1, s, d)
         self.bias = self.first = None
+        self.heads = heads
         if bias is not None:
-            self.bias = bias[:, None, None].expand(batch, heads, 1, s).reshape(-1, 1, s)
-            # The first real key of each matrix, s where there is none.
-            self.first = torch.where(self.bias == 0, torch.arange(s), s).amin(-1, keepdim=True)
+            self.bias = bias.expand(batch, *bias.shape[1:])
+            # The first admissible key of each row, s where there is none.
+            most, first = self.bias.max(-1, keepdim=True)
+            self.first = first.masked_fill(most == -torch.inf, s)
         self.causal = causal
         self.draws = draws
-        self.rows = max(1, min(n, BLOCK_BYTES // (4 * s * MATRICES)))
+        # Two matrices or more, and as many rows as go into a block.
+        self.matrices = max(2, BLOCK_BYTES // (4 * s * n))
+        self.rows = max(1, min(n, BLOCK_BYTES // (4 * s * self.matrices)))
+
+    def _of(self, masks: Tensor, group: slice, rows: slice) -> Tensor:
+        """Returns those of ``masks`` (B, H or 1, N or 1, S or 1) for a group and rows."""
+        matrices = torch.arange(len(self.q))[group]
+        head = matrices % self.heads if masks.shape[1] > 1 else torch.zeros_like(matrices)
+        if masks.shape[2] > 1:
+            masks = masks[:, :, rows]
+        return masks[matrices // self.heads, head]
 
     def __iter__(self) -> Iterator["_Block"]:
         n, s = self.q.shape[1], self.k.shape[1]
-        for first in range(0, len(self.q), MATRICES):
-            group = slice(first, first + MATRICES)
+        for first in range(0, len(self.q), self.matrices):
+            group = slice(first, first + self.matrices)
             for row in range(0, n, self.rows):
                 rows = slice(row, row + self.rows)
                 keys = slice(0, row + self.rows if self.causal else s)
@@ -95,7 +107,8 @@ class _Blocks:
                 if self.bias is None:
                     scores = q @ k.transpose(1, 2)
                 else:
-                    scores = torch.baddbmm(self.bias[group, :, keys], q, k.transpose(1, 2))
+                    bias = self._of(self.bias, group, rows)[..., keys]
+                    scores = torch.baddbmm(bias, q, k.transpose(1, 2))
                 if self.causal:
                     future = torch.ones(scores.shape[1:], dtype=torch.bool).triu(row + 1)
                     scores.masked_fill_(future, -torch.inf)
@@ -103,7 +116,7 @@ class _Blocks:
                 if self.first is not None:
                     # Rows that see no key are NaN.
                     last = torch.arange(row, row + q.shape[1])[:, None] if self.causal else s - 1
-                    weights.masked_fill_(self.first[group] > last, 0.0)
+                    weights.masked_fill_(self._of(self.first, group, rows) > last, 0.0)
                 yield _Block(group, rows, keys, q, k, weights, self.draws.keep(scores))
 
 
