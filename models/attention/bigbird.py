@@ -2,8 +2,8 @@
 
 Positions are cut into blocks of b. A block of queries sees itself and the blocks beside it, the
 first and the last block, and r random others, drawn for each head and block; the first and the last
-block see everything. Cost O(N (5 + r) b D), 13 % of all pairs at 4,000 tokens and 47 % at 1,024. The
-last block is that which holds a sequence's own last token, and random blocks are those of the
+block see everything. Cost O(N (5 + r) b D), 13 % of all pairs at 4,000 tokens and 47 % at 1,024.
+The last block is that which holds a sequence's own last token, and random blocks are those of the
 highest draws among its blocks, so that padding and batch mates change nothing; the draws are part
 of the model's state. The arena's JAX code draws from the first 1,024 tokens alone and masks softly;
 public code seeds a global generator for its table. The causal form of public code is full

@@ -2,11 +2,11 @@
 
 Token i sees the keys |i - j| <= window / 2 and the first g = `global_tokens` tokens; those see all
 keys, by queries, keys and values of their own projections of the layer's input (section 3.1), which
-are 3 C H D more parameters. Cost O(N (window + g) D). Causal attention keeps j <= i. The first token
-is the CLS token of a protocol that has one. Global keys and values are never made: q_g W_k meets the
-input, and what is summed up of the input meets W_v, the same products in another order. The arena's
-JAX code has no global token and computes all N x N scores; the window is its whole width there and
-here, and one side of it in the authors' code.
+are 3 C H D more parameters. Cost O(N (window + g) D). Causal attention keeps j <= i. The first
+token is the CLS token of a protocol that has one. Global keys and values are never made: q_g W_k
+meets the input, and what is summed up of the input meets W_v, the same products in another order.
+The arena's JAX code has no global token and computes all N x N scores; the window is its whole
+width there and here, and one side of it in the authors' code.
 """
 
 from dataclasses import dataclass, replace

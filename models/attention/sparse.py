@@ -5,8 +5,8 @@
 
 The paper defines both for causal attention (j <= i, section 4.3), where its heads are merged as
 here; in both directions these are the same sets without j <= i. With l about the root of N, the
-default, cost is O(N^1.5 D). The arena's JAX code takes fixed with l = 50 and c = 10 and stays causal
-in its bidirectional classifier; it and others compute all N x N scores.
+default, cost is O(N^1.5 D). The arena's JAX code takes fixed with l = 50 and c = 10 and stays
+causal in its bidirectional classifier; it and others compute all N x N scores.
 """
 
 import math

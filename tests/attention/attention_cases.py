@@ -42,8 +42,6 @@ MECHANISMS = {_label(name, options): (name, options) for name, options in _varia
 """Attentions and mixers."""
 
 ATTENDING = [m for m in MECHANISMS if issubclass(ATTENTIONS.get(MECHANISMS[m][0]), Attention)]
-    m for m, (name, _) in MECHANISMS.items() if issubclass(ATTENTIONS.get(name), Attention)
-]
 """Attentions alone."""
 
 for_every_mechanism = pytest.mark.parametrize("mechanism", MECHANISMS)
