@@ -20,6 +20,16 @@ DATA_SETTINGS = ("protocol=", "task.", "data_dir=", "cache_dir=")
 """What the data of a task follows from, beside its name."""
 
 REGISTRIES = {"task": TASKS, "attention": ATTENTIONS}
+FAMILIES = {
+    "full": "the whole N x N matrix",
+    "pattern": "parts of the matrix, chosen by place or content",
+    "low rank": "a product of thin matrices in its place",
+    "kernel": "sums of features, no matrix",
+    "mixer": "no queries and keys at all",
+    "other": "",
+}
+"""What an attention does about its matrix, in the order of the listing."""
+
 LAYER = {"num_heads": 2, "head_dim": 32, "max_len": 2048, "model_dim": 64}
 
 
@@ -76,9 +86,9 @@ def _names() -> str:
 
 
 def _capabilities() -> str:
-    """Returns a table of what every attention can do with its default options."""
+    """Returns a table of what every attention can do with its default options, by family."""
     rows = [("attention", "patterns", "masks", "growth", "extra parameters", "paper")]
-    failures = []
+    failures, families = [], []
     for name in ATTENTIONS.names():
         try:
             cls = ATTENTIONS.get(name)
@@ -92,14 +102,22 @@ def _capabilities() -> str:
         patterns += ["recurrent"] if able.recurrent else []
         masks = {"none": "refused"}.get(able.key_mask, able.key_mask)
         growth = able.time if able.memory == able.time else f"{able.time}, memory {able.memory}"
-        row = (name, ", ".join(patterns), masks, growth, f"{parameters:,}", able.paper)
+        row = (f"  {name}", ", ".join(patterns), masks, growth, f"{parameters:,}", able.paper)
         rows.append(row)
+        families.append(able.family)
+    heading, *lines = aligned(rows).splitlines()
+    listed = [heading]
+    for family in dict.fromkeys([*FAMILIES, *families]):
+        what = FAMILIES.get(family, "")
+        members = [line for line, its in zip(lines, families, strict=True) if its == family]
+        if members:
+            listed += [f"{family}: {what}".rstrip(": "), *members]
     size = "{num_heads} heads of {head_dim}, {model_dim} dimensions, {max_len:,} positions"
     notes = [
         "Options may change them: lra ls attention=NAME. Growth is of time and memory beyond q, k,",
         f"v and output; extra parameters are those of a layer with {size.format(**LAYER)}.",
     ]
-    return "\n".join([aligned(rows), "", *notes, *failures])
+    return "\n".join([*listed, "", *notes, *failures])
 
 
 def _options(group: str, name: str) -> str:

@@ -180,12 +180,40 @@ def test_ls_attention_shows_what_each_can_do(called):
     heading, *lines = called("ls", "attention").stdout.splitlines()
     columns = ["attention", "patterns", "masks", "growth", "extra parameters", "paper"]
     assert re.split(r"  +", heading) == columns
-    rows = {line.split()[0]: re.split(r"  +", line) for line in lines[: lines.index("")]}
-    assert list(rows) == ATTENTIONS.names()
+    lines = lines[: lines.index("")]
+    rows = {line.split()[0]: re.split(r"  +", line.strip()) for line in lines if line[0] == " "}
+    assert sorted(rows) == ATTENTIONS.names()
     everything = "self, causal, cross, recurrent"
     assert rows["softmax"][1:5] == [everything, "exact", "N^2, memory N", "0"]
     # One number for each dimension: 2 heads of 32.
     assert rows["rfa"][1:] == [everything, "exact", "N", "64", "Peng et al., ICLR 2021"]
+
+
+def test_ls_attention_groups_them_by_family(called):
+    lines = called("ls", "attention").stdout.splitlines()
+    lines = lines[1 : lines.index("")]
+    families = [line.partition(":")[0] for line in lines if line[0] != " "]
+    assert families == ["full", "pattern", "low rank", "kernel", "mixer"]
+    family = None
+    for line in lines:
+        name = line.split()[0]
+        if line[0] != " ":
+            family = line.partition(":")[0]
+        else:
+            assert ATTENTIONS.get(name).capabilities.family == family, name
+
+
+def test_an_attention_that_names_no_family_or_a_new_one_is_listed_all_the_same(lra, tmp_path):
+    (tmp_path / "lra_others.py").write_text(
+        "from dataclasses import replace\n"
+        "from models.attention import register_attention\n"
+        "from models.attention.linear import Linear\n"
+        "for name, family in (('nameless', 'other'), ('newer', 'novel')):\n"
+        "    able = replace(Linear.capabilities, family=family)\n"
+        "    register_attention(name)(type(name, (Linear,), {'capabilities': able}))\n"
+    )
+    text = lra("ls", "attention", "plugins=[lra_others]").stdout
+    assert re.search(r"\nother\n  nameless .*\nnovel\n  newer ", text)
 
 
 @pytest.mark.parametrize("group", ["attention", "task"])
@@ -236,7 +264,7 @@ def test_ls_shows_options_of_every_kind_and_survives_an_attention_that_does_not(
     assert "attention.feature=relu    a text\n" in text
     assert "attention.sizes=[1, 2]    list[int]\n" in text
     assert "raising: RuntimeError: not today" in text
-    assert "\nsoftmax " in text
+    assert "\n  softmax " in text
 
 
 def test_a_plugin_with_an_option_without_default_is_one_line_everywhere(lra):
@@ -292,7 +320,7 @@ def test_ls_of_an_attention_without_options_says_so(called):
     ("what", "told"),
     [
         ("attentoin", "Unknown listing 'attentoin'. Did you mean attention"),
-        ("attention=cosfromer", "Unknown attention 'cosfromer'. Did you mean cosformer?"),
+        ("attention=cosfromer", "Unknown attention 'cosfromer'. Did you mean cosformer"),
         ("protocol=quick", "protocol=quick says which data of a task: name it, as task=NAME"),
         ("plugins=[not_there_at_all]", "not_there_at_all"),
     ],
