@@ -2,8 +2,8 @@
 
     python tests/benchmarks/memory_growth.py [--only nystrom,fnet]
 
-One sequence, 2 heads of 32, in a layer built for its length, with the last tokens masked where masks
-are taken: peak of what a forward and a backward pass allocate, and the exponent fitted to it. Those
+One sequence, 2 heads of 32, in a layer built for its length, its last tokens masked where masks are
+taken: peak of what a forward and a backward pass allocate, and the exponent fitted to it. Those
 that declare linear memory should fit 1.1 at most; the others stop at 4,096 positions.
 """
 
