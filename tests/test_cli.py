@@ -204,7 +204,7 @@ def test_ls_attention_groups_them_by_family(called):
 
 
 def test_an_attention_that_names_no_family_or_a_new_one_is_listed_all_the_same(lra, tmp_path):
-    (tmp_path / "lra_others.py").write_text(
+    (tmp_path / "cwd" / "lra_others.py").write_text(
         "from dataclasses import replace\n"
         "from models.attention import register_attention\n"
         "from models.attention.linear import Linear\n"
