@@ -13,12 +13,14 @@ BASE = 10_000.0
 
 def rotate(x: Tensor, positions: Tensor) -> Tensor:
     """Turns the vectors ``x`` (..., N, D) by their ``positions`` (N,); in float32 at least."""
-    wide = torch.promote_types(x.dtype, torch.float32)
     half = x.shape[-1] // 2
-    rates = BASE ** (-torch.arange(half, device=x.device, dtype=wide) / max(half, 1))
-    angles = positions.to(wide)[:, None] * rates
-    cos, sin = angles.cos(), angles.sin()
-    first, second, rest = x.to(wide).tensor_split((half, 2 * half), -1)
+    # In float64: a float32 angle of position 4,096 is off by 1e-4.
+    rates = BASE ** (-torch.arange(half, device=x.device, dtype=torch.float64) / max(half, 1))
+    angles = positions.double()[:, None] * rates
+    wide = torch.promote_types(x.dtype, torch.float32)
+    cos, sin = angles.cos().to(wide), angles.sin().to(wide)
+    # Contiguous, or each part would be read with strides several times.
+    first, second, rest = x.to(wide).contiguous().tensor_split((half, 2 * half), -1)
     turned = (first * cos - second * sin, second * cos + first * sin, rest)
     return torch.cat(turned, -1).to(x.dtype)
 

@@ -75,6 +75,12 @@ def test_angles_of_far_positions_keep_their_precision_in_bfloat16():
     assert (turned.double() - exact).abs().max() < 2**-8 * exact.abs().max()
 
 
+def test_float32_keeps_its_precision_at_far_positions():
+    x = normal(4096, 8).float()
+    exact = rotate(x.double(), torch.arange(4096))
+    assert (rotate(x, torch.arange(4096)).double() - exact).abs().max() < 1e-6
+
+
 @pytest.mark.parametrize("attention", ["softmax", "local"])
 def test_a_model_has_no_table_and_feels_the_order_of_tokens(attention):
     model = classifier(attention)

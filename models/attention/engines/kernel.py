@@ -126,7 +126,8 @@ def _decayed_totals(totals: Tensor, decay: Tensor) -> Tensor:
     """Returns the decayed sum of all earlier chunks' totals (..., chunks, F, E) for each chunk."""
     running = torch.zeros_like(totals[..., 0, :, :])
     before = []
-    for chunk in range(totals.shape[-3]):
+    # Unbound at once: the gradient of each index would be as large as all totals.
+    for total, factor in zip(totals.unbind(-3), decay[..., None, None].unbind(-3), strict=True):
         before.append(running)
-        running = running * decay[..., chunk, None, None] + totals[..., chunk, :, :]
+        running = running * factor + total
     return torch.stack(before, -3)
