@@ -203,6 +203,22 @@ def test_ls_attention_groups_them_by_family(called):
             assert ATTENTIONS.get(name).capabilities.family == family, name
 
 
+def test_the_table_of_the_readme_is_that_of_ls_attention(called):
+    lines = called("ls", "attention").stdout.splitlines()
+    listed = [re.split(r"  +", line.strip()) for line in lines[1 : lines.index("")]]
+    listed = [[f"`{row[0]}`", row[3], row[1], *row[4:]] for row in listed if len(row) > 1]
+    families = [line.partition(":")[0] for line in lines[1 : lines.index("")] if line[0] != " "]
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    _, _, table = readme.partition("| attention | what it computes |")
+    rows = [
+        [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        for line in table.partition("\n\n")[0].splitlines()[2:]
+    ]
+    assert [row[0].strip("*") for row in rows if not row[1]] == families
+    shown = {row[0]: [row[0], *row[2:]] for row in rows if row[1]}
+    assert shown == {row[0]: row for row in listed}
+
+
 def test_an_attention_that_names_no_family_or_a_new_one_is_listed_all_the_same(lra, tmp_path):
     (tmp_path / "cwd" / "lra_others.py").write_text(
         "from dataclasses import replace\n"

@@ -1,4 +1,4 @@
-"""Linformer: softmax attention to projected keys and values (Wang et al., arXiv 2020).
+"""Linformer: softmax attention to projected keys and values (Wang et al. 2020).
 
     out = softmax(q (E k)^T / sqrt(D)) G v,    E and G learned, m x max_len
 
@@ -45,7 +45,7 @@ class Linformer(Attention):
                 raise ValueError("projected must be at least 1.")
 
     capabilities = Capabilities(
-        paper="Wang et al., arXiv 2020",
+        paper="Wang et al. 2020",
         family="low rank",
         patterns=frozenset({"self", "cross"}),
         dropout="weights",

@@ -27,6 +27,7 @@ from models.attention.base import (
     Context,
     Cost,
     at_least_float32,
+    masked_softmax,
     own_lengths,
 )
 from models.attention.engines.kernel import guard
@@ -162,9 +163,7 @@ def _landmarks(means: Tensor, x: Tensor) -> Tensor:
 def _softmax(q: Tensor, k: Tensor, keep: Tensor) -> Tensor:
     """Returns softmax(q k^T / sqrt(D)) over the keys that ``keep`` (B, S) has, 0 for the others."""
     scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
-    keep = keep[:, None, None]
-    # The lowest number and not -inf, with which rows that have no key would be NaN.
-    return scores.masked_fill(~keep, torch.finfo(scores.dtype).min).softmax(-1) * keep
+    return masked_softmax(scores, keep[:, None, None])
 
 
 def _pseudo_inverse(kernel: Tensor, iterations: int) -> Tensor:

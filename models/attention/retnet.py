@@ -53,7 +53,7 @@ class RetNet(Attention):
     """Retention with its norm and gate."""
 
     capabilities = Capabilities(
-        paper="Sun et al., arXiv 2023",
+        paper="Sun et al. 2023",
         family="kernel",
         patterns=frozenset({"self", "causal"}),
         needs_hidden=True,
