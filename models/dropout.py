@@ -33,6 +33,26 @@ class Draws:
         return torch.ge(draws, self._threshold, out=torch.empty_like(like))
 
 
+class DeviceDraws:
+    """What `Draws` is on CPU, on other devices, where torch's own Bernoulli draws are fast."""
+
+    def __init__(self, p: float, seed: int, device: torch.device) -> None:
+        self.p = p
+        self.scale = 1 / (1 - p)
+        self._generator = torch.Generator(device).manual_seed(seed)
+
+    def keep(self, like: Tensor) -> Tensor:
+        """Returns the next draws, 0 or 1, in the shape and type of ``like``."""
+        return torch.empty_like(like).bernoulli_(1 - self.p, generator=self._generator)
+
+
+def draws_on(device: torch.device, p: float, seed: int) -> Draws | DeviceDraws | None:
+    """Returns draws from a seed on a device, the same each time; None where nothing is dropped."""
+    if not p:
+        return None
+    return Draws(p, seed) if device.type == "cpu" else DeviceDraws(p, seed, device)
+
+
 class Dropout(nn.Module):
     """Zeroes entries with probability ``p`` in training and scales the others by 1 / (1 - p)."""
 

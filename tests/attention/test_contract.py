@@ -228,7 +228,8 @@ def test_the_operations_of_causal_attention_grow_as_the_capabilities_say(mechani
         qkv, more = call(mechanism, "causal", **arguments)
         operations.append(counted(attention, *qkv, **more))
     exponent = {"N": 1, "N log N": 1, "N^1.5": 1.5, "N^2": 2}[capabilities(mechanism).time]
-    assert operations[1] / operations[0] == pytest.approx(4**exponent, rel=0.15)
+    # A shorter sequence may leave out less of its future.
+    assert 0.6 * 4**exponent < operations[1] / operations[0] < 1.15 * 4**exponent
 
 
 # Refusals of the base class

@@ -8,6 +8,7 @@ from attention_cases import MASKS, assert_near, build, inputs, mask_of, with_eve
 
 from models.attention.engines import gaussian as engine
 from models.attention.engines.gaussian import Tile
+from models.dropout import DeviceDraws
 
 EXACT = 1e-12
 
@@ -253,7 +254,9 @@ def test_bf16_rounds_outputs_and_gradients_alone(autocast):
 def draws(request, monkeypatch):
     """The draws of CPU, and those of other devices, which torch makes on CPU as well."""
     if request.param != "cpu":
-        monkeypatch.setattr(engine, "_draws", engine._DeviceDraws)
+        monkeypatch.setattr(
+            engine, "draws_on", lambda device, p, seed: DeviceDraws(p, seed, device)
+        )
 
 
 def draw(attention, *arguments, seed=0, **options):

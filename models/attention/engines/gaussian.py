@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from models.attention.base import at_least_float32
-from models.dropout import Draws
+from models.dropout import DeviceDraws, Draws, draws_on
 
 
 class Tile(NamedTuple):
@@ -79,25 +79,6 @@ def gaussian_floats(n: int, s: int, d: int, heads: int) -> int:
     return heads * (n + s) * (d + 2) + min(heads * n * s, CPU_TILE.floats)
 
 
-class _DeviceDraws:
-    """What `Draws` is on CPU, where torch's own Bernoulli draws are fast."""
-
-    def __init__(self, p: float, seed: int, device: torch.device) -> None:
-        self.p, self.scale = p, 1 / (1 - p)
-        self._generator = torch.Generator(device).manual_seed(seed)
-
-    def keep(self, like: Tensor) -> Tensor:
-        """Returns the next draws, 0 or 1, in the shape and type of ``like``."""
-        return torch.empty_like(like).bernoulli_(1 - self.p, generator=self._generator)
-
-
-def _draws(p: float, seed: int, device: torch.device) -> Draws | _DeviceDraws | None:
-    """Returns what dropout keeps, from the first draw; None: all."""
-    if not p:
-        return None
-    return Draws(p, seed) if device.type == "cpu" else _DeviceDraws(p, seed, device)
-
-
 class _Block(NamedTuple):
     """Some matrices and rows of the weights (matrices, rows, keys), as dropout leaves them."""
 
@@ -127,7 +108,7 @@ def _blocks(
     q: Tensor,
     k: Tensor,
     causal: bool,
-    draws: Draws | _DeviceDraws | None,
+    draws: Draws | DeviceDraws | None,
 ) -> Iterator[_Block]:
     """Yields the weights of B H matrices block by block.
 
@@ -182,7 +163,7 @@ class _GaussianSums(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(q, k, v, masked)
         ctx.causal, ctx.dropout, ctx.seed = causal, dropout, seed
-        draws = _draws(dropout, seed, q.device)
+        draws = draws_on(q.device, dropout, seed)
         y, z, _ = _factors(q, k, masked)
         values = at_least_float32(v).flatten(0, 1)
         out = values.new_empty(*y.shape[:2], v.shape[-1])
@@ -199,7 +180,7 @@ class _GaussianSums(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, masked = ctx.saved_tensors
-        draws = _draws(ctx.dropout, ctx.seed, q.device)
+        draws = draws_on(q.device, ctx.dropout, ctx.seed)
         with torch.autocast(q.device.type, enabled=False):
             y, z, unit = _factors(q, k, masked)
             values = (at_least_float32(v) * (unit * math.log(2))).flatten(0, 1)
