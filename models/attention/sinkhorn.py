@@ -76,7 +76,7 @@ class Sinkhorn(Attention):
         super().__init__(config, **sizes)
         blocks = math.ceil(self.max_len / config.block)
         self.sort = nn.Parameter(INIT_STD * torch.randn(self.num_heads, self.head_dim, blocks))
-        # None before the first draw.
+        # No noise before the first draw.
         self.register_buffer("noise", torch.zeros(self.num_heads, blocks, blocks))
 
     def resample(self, generator: torch.Generator) -> None:
@@ -159,13 +159,14 @@ class Sinkhorn(Attention):
         return F.pad(key_mask, (0, -n % size)).unflatten(-1, (-1, size))
 
     def cost(self, n: int, s: int) -> Cost:
-        """Two products of depth D for 2 b keys a query, and the mixing of M blocks by M."""
+        """Two products of depth D for 2 b keys a query, and the mixing of M blocks and masks by M.
+
+        Whole blocks without a mask save the mixing of masks.
+        """
         heads, d, size = self.num_heads, self.head_dim, self.config.block
         blocks = math.ceil(n / size)
         places = blocks * size
-        sorting = 2 * blocks * d * blocks + 2 * 2 * blocks * places * d
-        if n % size:
-            sorting += 2 * blocks * places  # shares of real tokens
+        sorting = 2 * blocks * d * blocks + 2 * blocks * places * (2 * d + 1)
         attention = 2 * 2 * places * 2 * size * d
         # Iterations, blocks of q, k and v, sorted ones, and both side by side.
         floats = 2 * self.config.iterations * blocks**2 + (3 + 2 + 4) * places * d

@@ -164,9 +164,9 @@ class Synthesizer(Attention):
         """Computes attention whose logits are the same for all samples."""
         n, key_mask = v.shape[-2], context.key_mask
         if self.config.synthesis == "random":
-            logits = self.table[:, :n, :n]
+            logits = at_least_float32(self.table[:, :n, :n])
         else:
-            logits = self.left[:, :n] @ self.right[:, :, :n]
+            logits = at_least_float32(self.left[:, :n]) @ at_least_float32(self.right[:, :, :n])
         lowest, highest = logits.detach().aminmax(dim=-1)
         shared = key_mask is None or bool((highest - lowest).max() <= SPREAD)
         if context.causal:

@@ -1,208 +1,409 @@
-"""Synthesizer: learned logits of each kind written out, alone and beside the dot product."""
+"""Synthesizer is its paper's formula, and honours masks where public code forgets them."""
+
+import math
 
 import pytest
 import torch
 from attention_cases import MASKS, assert_near, inputs, mask_of, with_every_mask
 
 from models import build_attention
-from models.attention import synthesizer as module
+from models.attention import capabilities
 from models.attention.engines import biased
 from models.attention.engines.biased import biased_attention
 
-SIZES = {"num_heads": 2, "head_dim": 8, "max_len": 20, "model_dim": 12}
-KINDS = ("random", "factorised", "dense")
-for_every_kind = pytest.mark.parametrize("kind", KINDS)
+EXACT = 1e-10
+HEADS, HEAD_DIM, MODEL_DIM, MAX_LEN = 2, 8, 12, 12
+
+for_each_synthesis = pytest.mark.parametrize("synthesis", ["random", "factorised", "dense"])
 with_and_without_dot_product = pytest.mark.parametrize("dot_product", [True, False])
 both_ways = pytest.mark.parametrize("causal", [False, True], ids=["self", "causal"])
 
 
-def synthesizer(kind="random", dot_product=True, dropout=0.0, **options):
-    torch.manual_seed(0)
-    options |= {"synthesis": kind, "dot_product": dot_product}
-    attention = build_attention("synthesizer", **SIZES, dropout=dropout, **options).double()
-    for parameter in attention.parameters():
-        parameter.data += 0.5 * torch.randn(parameter.shape)
-    return attention
+def synthesizer(*, max_len=MAX_LEN, dropout=0.0, dtype=torch.float64, **options):
+    """Returns an instance in evaluation whose logits are far from equal."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        attention = build_attention(
+            "synthesizer",
+            num_heads=HEADS,
+            head_dim=HEAD_DIM,
+            max_len=max_len,
+            model_dim=MODEL_DIM,
+            dropout=dropout,
+            **options,
+        )
+        for parameter in attention.parameters():
+            parameter.data += 0.5 * torch.randn(parameter.shape)
+    return attention.to(dtype).eval()
 
 
 def layer_input(n, batch=3):
-    return inputs(n, d=12, heads=1, batch=batch, seed=5)[0][:, 0]
+    generator = torch.Generator().manual_seed(7)
+    return torch.randn(batch, n, MODEL_DIM, generator=generator, dtype=torch.float64)
 
 
-def learned_logits(attention, n, hidden):
-    """The learned logits (B or 1, H, N, N), position by position."""
-    kind = attention.config.synthesis
-    if kind == "random":
-        return attention.table[None, :, :n, :n]
-    if kind == "factorised":
-        return torch.einsum("hir,hrj->hij", attention.left[:, :n], attention.right[..., :n])[None]
-    logits = torch.zeros(len(hidden), 2, n, n, dtype=torch.float64)
-    for b in range(len(hidden)):
-        for i in range(n):
-            features = attention.first(hidden[b, i]).relu().view(2, 8)
-            for h in range(2):
-                logits[b, h, i] = features[h] @ attention.second[h, :, :n] + attention.bias[h, :n]
-    return logits
+# The formula
 
 
-def explicit(attention, q, k, v, hidden, key_mask=None, causal=False):
-    n = q.shape[2]
-    logits = learned_logits(attention, n, hidden)
-    if attention.config.dot_product:
-        logits = logits + torch.einsum("bhid,bhjd->bhij", q, k) / 8**0.5
-    keep = torch.ones(len(q), 1, n, n, dtype=torch.bool)
-    if key_mask is not None:
-        keep = keep & key_mask[:, None, None]
-    if causal:
-        keep = keep.tril()
-    top = logits.masked_fill(~keep, -1e9).amax(-1, keepdim=True)
-    similarity = torch.where(keep, logits - top, -torch.inf).exp()
-    total = similarity.sum(-1, keepdim=True)
-    return similarity / torch.where(total > 0, total, 1.0) @ v
+def learned_logit(attention, hidden, sample, head, i, j):
+    """A_ij of one sample and head."""
+    if attention.config.synthesis == "random":
+        return attention.table[head, i, j]
+    if attention.config.synthesis == "factorised":
+        return attention.left[head, i] @ attention.right[head, :, j]
+    rows = slice(head * HEAD_DIM, (head + 1) * HEAD_DIM)
+    inner = attention.first.weight[rows] @ hidden[sample, i] + attention.first.bias[rows]
+    return attention.second[head, :, j] @ inner.clamp(min=0) + attention.bias[head, j]
+
+
+def formula(attention, q, k, key_mask=None, causal=False, hidden=None):
+    """The weights, one sample, head and query after another, over the keys that these see."""
+    weights = q.new_zeros(*q.shape[:3], k.shape[2])
+    for sample in range(len(q)):
+        real = [j for j in range(k.shape[2]) if key_mask is None or key_mask[sample, j]]
+        for head in range(HEADS):
+            for i in range(q.shape[2]):
+                seen = [j for j in real if j <= i or not causal]
+                if not seen:
+                    continue
+                logits = [learned_logit(attention, hidden, sample, head, i, j) for j in seen]
+                if attention.config.dot_product:
+                    products = [q[sample, head, i] @ k[sample, head, j] for j in seen]
+                    pairs = zip(logits, products, strict=True)
+                    logits = [a + product / math.sqrt(HEAD_DIM) for a, product in pairs]
+                weights[sample, head, i, seen] = torch.stack(logits).softmax(0)
+    return weights
+
+
+@for_each_synthesis
+@with_and_without_dot_product
+@both_ways
+@with_every_mask
+def test_it_is_the_papers_formula(synthesis, dot_product, causal, mask):
+    q, k, v = inputs(7)
+    attention = synthesizer(synthesis=synthesis, dot_product=dot_product, rank=3)
+    given = (MASKS[mask](7), causal, layer_input(7))
+    with torch.no_grad():
+        expected = formula(attention, q, k, *given)
+        assert_near(attention.weights(q, k, *given), expected, EXACT)
+        assert_near(attention(q, k, v, *given), expected @ v, EXACT)
+
+
+@for_each_synthesis
+@with_and_without_dot_product
+def test_its_gradients_are_those_of_the_formula(synthesis, dot_product):
+    q, k, v = (x.requires_grad_() for x in inputs(5, batch=2))
+    hidden = layer_input(5, batch=2).requires_grad_()
+    attention = synthesizer(synthesis=synthesis, dot_product=dot_product, rank=3)
+    leaves = [*attention.parameters(), v]
+    leaves += [q, k] if dot_product else []
+    leaves += [hidden] if synthesis == "dense" else []
+    given = (mask_of("11111", "10110"), True, hidden)
+    actual = torch.autograd.grad(attention(q, k, v, *given).square().sum(), leaves)
+    out = formula(attention, q, k, *given) @ v
+    expected = torch.autograd.grad(out.square().sum(), leaves)
+    for of_attention, of_formula in zip(actual, expected, strict=True):
+        assert of_formula.abs().max() > 1e-3
+        assert_near(of_attention, of_formula, EXACT)
+
+
+# Degenerate tables
+
+
+@with_every_mask
+def test_a_table_of_zeros_gives_the_mean_of_all_real_values(mask):
+    q, k, v = inputs(9)
+    attention = synthesizer(dot_product=False)
+    attention.table.data.zero_()
+    key_mask = MASKS[mask](9)
+    real = torch.ones(3, 9, dtype=torch.bool) if key_mask is None else key_mask
+    means = torch.stack([v[i][:, real[i]].mean(1, keepdim=True) for i in range(3)])
+    assert_near(attention(q, k, v, key_mask), means.expand(-1, -1, 9, -1), 1e-12)
 
 
 @both_ways
 @with_every_mask
-@with_and_without_dot_product
-@for_every_kind
-def test_it_is_the_softmax_of_what_is_learned(kind, dot_product, mask, causal):
-    # Without the dot product, public code forgets the mask; its dense form mixes heads and tokens.
-    attention = synthesizer(kind, dot_product)
-    q, k, v = inputs(13)
-    hidden, key_mask = layer_input(13), MASKS[mask](13)
-    more = {"hidden": hidden} if kind == "dense" else {}
-    out = attention(q, k, v, key_mask, causal, **more)
-    assert_near(out, explicit(attention, q, k, v, hidden, key_mask, causal), 1e-12)
+def test_a_table_of_zeros_beside_the_dot_product_gives_softmax_attention(mask, causal):
+    q, k, v = inputs(9)
+    attention = synthesizer()
+    attention.table.data.zero_()
+    sizes = {"num_heads": HEADS, "head_dim": HEAD_DIM, "max_len": 12, "model_dim": MODEL_DIM}
+    softmax = build_attention("softmax", **sizes)
+    given = (MASKS[mask](9), causal)
+    assert_near(attention(q, k, v, *given), softmax(q, k, v, *given), 1e-12)
 
 
-@with_and_without_dot_product
-@pytest.mark.parametrize("kind", ["random", "factorised"])
-def test_nothing_learned_is_softmax_or_the_mean_of_real_values(kind, dot_product):
-    attention = synthesizer(kind, dot_product)
-    for parameter in attention.parameters():
-        parameter.data.zero_()
+@both_ways
+@with_every_mask
+def test_a_table_of_dot_products_gives_softmax_attention_without_looking_at_them(mask, causal):
     q, k, v = inputs(9, batch=1)
-    mask = mask_of("110111010")
-    softmax = build_attention("softmax", **SIZES)
-    mean = (v * mask[:, None, :, None]).sum(2, keepdim=True) / mask.sum()
-    expected = softmax(q, k, v, mask) if dot_product else mean.expand_as(v)
-    assert_near(attention(q, k, v, mask), expected, 1e-12)
+    attention = synthesizer(dot_product=False)
+    attention.table.data[:, :9, :9] = q[0] @ k[0].mT * HEAD_DIM**-0.5
+    sizes = {"num_heads": HEADS, "head_dim": HEAD_DIM, "max_len": 12, "model_dim": MODEL_DIM}
+    softmax = build_attention("softmax", **sizes)
+    key_mask = MASKS[mask](9)
+    key_mask = None if key_mask is None else key_mask[1:2]
+    out = attention(torch.zeros_like(q), torch.zeros_like(k), v, key_mask, causal)
+    assert_near(out, softmax(q, k, v, key_mask, causal), 1e-12)
 
 
-def test_a_table_of_the_scaled_products_is_softmax():
-    q, k, v = inputs(20, batch=1)
-    attention = synthesizer("random", dot_product=False)
-    attention.table.data = (q @ k.mT / 8**0.5)[0]
-    assert_near(attention(q, k, v), build_attention("softmax", **SIZES)(q, k, v), 1e-12)
-
-
-def test_a_full_rank_product_with_the_identity_is_the_random_table():
-    q, k, v = inputs(20)
-    random, factorised = synthesizer("random"), synthesizer("factorised", rank=20)
-    factorised.left.data = torch.eye(20).double().expand(2, 20, 20).clone()
-    factorised.right.data = random.table.data.clone()
-    assert_near(factorised(q, k, v), random(q, k, v), 1e-12)
-
-
-@pytest.mark.parametrize("kind", ["random", "factorised"])
-def test_logits_far_apart_are_exact_for_samples_that_see_only_small_ones(kind):
-    # Numerators in units of a row's largest would vanish where that is masked.
-    attention = synthesizer(kind, dot_product=False).float()
-    parameter = attention.table if kind == "random" else attention.left
-    parameter.data *= 400
-    q, k, v = (x.float() for x in inputs(13))
-    mask = MASKS["holes and padding"](13)
-    out = attention(q, k, v, mask)
-    exact = explicit(attention.double(), *(x.double() for x in (q, k, v)), None, mask)
-    assert_near(out.double(), exact, 1e-3 if kind == "factorised" else 1e-4)
-
-
-@pytest.mark.parametrize(
-    ("kind", "count"),
-    [
-        ("random", 2 * 20 * 20),
-        ("factorised", 2 * 2 * 20 * 32),
-        ("dense", (12 * 16 + 16) + (2 * 8 * 20 + 2 * 20)),
-    ],
-)
-def test_parameters_are_those_of_the_paper(kind, count):
-    assert sum(p.numel() for p in synthesizer(kind).parameters()) == count
-
-
-def test_tables_begin_with_one_standard_deviation_whether_factorised_or_not():
-    sizes = SIZES | {"max_len": 300}
-    torch.manual_seed(0)
-    random = build_attention("synthesizer", **sizes, synthesis="random").table
-    factors = build_attention("synthesizer", **sizes, synthesis="factorised")
-    assert float(random.detach().std()) == pytest.approx(module.INIT_STD, rel=0.02)
-    product = (factors.left @ factors.right).detach()
-    assert float(product.std()) == pytest.approx(module.INIT_STD, rel=0.1)
-
-
-@both_ways
 @with_and_without_dot_product
-@for_every_kind
-def test_dropout_keeps_the_mean(kind, dot_product, causal):
-    attention = synthesizer(kind, dot_product, dropout=0.5).train()
-    q, k, v = inputs(8, batch=1)
-    more = {"hidden": layer_input(8, batch=1)} if kind == "dense" else {}
-    torch.manual_seed(0)
-    draws = torch.stack([attention(q, k, v, causal=causal, **more) for _ in range(600)]).detach()
-    error = draws.mean(0) - attention.eval()(q, k, v, causal=causal, **more)
-    assert (error.abs() < 5 * draws.std(0) / 600**0.5 + 1e-9).all()
-
-
-def test_a_rank_without_numbers_is_refused():
-    with pytest.raises(ValueError, match="rank must be at least 1"):
-        synthesizer("factorised", rank=0)
-
-
-# Softmax with a bias, in pieces
-
-
-@pytest.fixture(params=[2**21, 4 * 13 * 5], ids=["one block", "small blocks"])
-def blocks(request, monkeypatch):
-    monkeypatch.setattr(biased, "BLOCK_BYTES", request.param)
-
-
 @both_ways
+def test_a_factorised_table_whose_left_factor_is_the_identity_is_its_right_factor(
+    dot_product, causal
+):
+    q, k, v = inputs(9)
+    factorised = synthesizer(synthesis="factorised", dot_product=dot_product, rank=MAX_LEN)
+    random = synthesizer(synthesis="random", dot_product=dot_product)
+    factorised.left.data[:] = torch.eye(MAX_LEN, dtype=torch.float64)
+    factorised.right.data.copy_(random.table.data)
+    expected = random(q, k, v, causal=causal)
+    assert_near(factorised(q, k, v, causal=causal), expected, 1e-12)
+
+
+# What public code does not keep apart
+
+
+@for_each_synthesis
+def test_masks_are_felt_without_the_dot_product_too(synthesis):
+    # Public code skips the mask there. A masked token is as one that was never there.
+    q, k, v = inputs(9, batch=1)
+    attention, without = (
+        synthesizer(synthesis=synthesis, dot_product=False, rank=3) for _ in range(2)
+    )
+    key_mask, hidden = mask_of("101101110"), layer_input(9, batch=1)
+    real = key_mask[0].nonzero()[:, 0]
+    if synthesis == "random":
+        without.table.data = attention.table[:, real][:, :, real]
+    elif synthesis == "factorised":
+        without.left.data = attention.left[:, real]
+        without.right.data = attention.right[:, :, real]
+    else:
+        without.second.data = attention.second[..., real]
+        without.bias.data = attention.bias[..., real]
+    expected = without(*(x[:, :, real] for x in (q, k, v)), hidden=hidden[:, real])
+    out = attention(q, k, v, key_mask, hidden=hidden)
+    assert_near(out[:, :, real], expected, 1e-12)
+
+
+def test_dense_weights_of_a_token_depend_on_its_own_input_in_every_head():
+    # Public code reshapes (L, H, L) to (H, L, L), and so takes rows of other tokens and heads.
+    q, k, _ = inputs(9)
+    attention = synthesizer(synthesis="dense", dot_product=False)
+    hidden = layer_input(9)
+    before = attention.weights(q, k, hidden=hidden)
+    hidden[:, 4] += 1.0
+    changed = (attention.weights(q, k, hidden=hidden) != before).any(-1)
+    assert changed.nonzero()[:, 2].unique().tolist() == [4]
+    assert changed[:, :, 4].all()
+    attention.bias.data[1] += torch.linspace(0, 1, MAX_LEN)
+    after = attention.weights(q, k, hidden=hidden)
+    attention.bias.data[1] -= torch.linspace(0, 1, MAX_LEN)
+    other = (attention.weights(q, k, hidden=hidden) - after).abs().amax((0, 2, 3))
+    assert other[0] == 0
+    assert other[1] > 0.01
+
+
+@pytest.mark.parametrize("synthesis", ["random", "factorised"])
+def test_tables_know_nothing_of_the_tokens(synthesis):
+    attention = synthesizer(synthesis=synthesis, dot_product=False)
+    weights = attention.weights(*inputs(9)[:2])
+    assert torch.equal(weights, attention.weights(*inputs(9, seed=1)[:2]))
+    assert torch.equal(weights[0], weights[2])
+
+
 @with_every_mask
-@pytest.mark.parametrize("shape", [(1, 2, 13, 13), (3, 2, 13, 13), (1, 2, 1, 13), (3, 2, 1, 13)])
-def test_a_bias_has_the_gradient_of_the_explicit_softmax(blocks, shape, mask, causal):
-    bias = torch.randn(shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    leaves = [x.requires_grad_() for x in (*inputs(13), bias)]
-    q, k, v, _ = leaves
-    key_mask = MASKS[mask](13)
-    out = biased_attention(q, k, v, bias, key_mask, causal)
-    keep = torch.ones(3, 1, 13, 13, dtype=torch.bool)
-    keep = keep if key_mask is None else keep & key_mask[:, None, None]
-    keep = keep.tril() if causal else keep
-    logits = (q @ k.mT / 8**0.5 + bias).masked_fill(~keep, torch.finfo(torch.float64).min)
-    expected = logits.softmax(-1).masked_fill(~keep, 0.0) @ v
+@both_ways
+def test_logits_of_any_size_leave_the_weights_of_each_sample_exact(mask, causal):
+    # What samples share are numerators in units of the largest, which they may not see.
+    q, k, v = (x.requires_grad_() for x in inputs(9))
+    attention = synthesizer(dot_product=False)
+    attention.table.data[:, :, [0, 3]] += 2000.0
+    attention.table.data[:, :, 5] -= 2000.0
+    given = (MASKS[mask](9), causal)
+    expected = formula(attention, q, k, *given) @ v
+    out = attention(q, k, v, *given)
     assert_near(out, expected, 1e-12)
-    to = torch.randn(out.shape, generator=torch.Generator().manual_seed(3), dtype=out.dtype)
-    ours = torch.autograd.grad(out, leaves, to)
-    for mine, other in zip(ours, torch.autograd.grad(expected, leaves, to), strict=True):
-        assert_near(mine, other, 1e-12)
+    leaves = (attention.table, v)
+    actual = torch.autograd.grad(out.square().sum(), leaves)
+    theirs = torch.autograd.grad(expected.square().sum(), leaves)
+    for of_attention, of_formula in zip(actual, theirs, strict=True):
+        assert_near(of_attention, of_formula, 1e-12)
 
 
-def test_an_infinite_bias_leaves_a_key_out():
-    q, k, v = inputs(6)
-    bias = torch.zeros(1, 2, 1, 6, dtype=torch.float64)
-    bias[..., 2] = -torch.inf
-    expected = build_attention("softmax", **SIZES)(
-        q, k, v, torch.tensor([[1, 1, 0, 1, 1, 1]]).bool().expand(3, -1)
-    )
-    assert_near(biased_attention(q, k, v, bias), expected, 1e-12)
-    assert torch.equal(
-        biased_attention(q, k, v, torch.full_like(bias, -torch.inf)), torch.zeros_like(v)
-    )
+@for_each_synthesis
+@with_and_without_dot_product
+def test_parameters_in_bf16_lose_no_more_than_their_own_rounding(synthesis, dot_product):
+    attention = synthesizer(synthesis=synthesis, dot_product=dot_product, dtype=torch.bfloat16)
+    q, k, v = (x.to(torch.bfloat16) for x in inputs(9))
+    hidden = layer_input(9).to(torch.bfloat16)
+    out = attention(q, k, v, hidden=hidden)
+    exact = attention.double()
+    expected = exact(q.double(), k.double(), v.double(), hidden=hidden.double())
+    assert out.dtype == torch.bfloat16
+    assert_near(out, expected, 3e-2)
+
+
+# Sizes and capabilities
+
+
+@with_and_without_dot_product
+def test_it_has_a_table_or_two_thin_ones_or_two_maps_for_each_head(dot_product):
+    expected = {
+        "random": HEADS * MAX_LEN**2,
+        "factorised": HEADS * 2 * MAX_LEN * 3,
+        "dense": (MODEL_DIM + 1) * HEADS * HEAD_DIM + HEADS * (HEAD_DIM + 1) * MAX_LEN,
+    }
+    for synthesis, count in expected.items():
+        attention = synthesizer(synthesis=synthesis, dot_product=dot_product, rank=3)
+        assert sum(p.numel() for p in attention.parameters()) == count
+        assert attention.cost(9, 9).parameters == count
+
+
+def test_only_what_makes_a_table_takes_quadratic_memory():
+    memory = {
+        (synthesis, dot_product): capabilities(
+            "synthesizer", {"synthesis": synthesis, "dot_product": dot_product}
+        ).memory
+        for synthesis in ("random", "factorised", "dense")
+        for dot_product in (True, False)
+    }
+    linear = [options for options, growth in memory.items() if growth == "N"]
+    assert linear == [("factorised", True), ("dense", True), ("dense", False)]
+
+
+def test_the_layers_input_is_needed_for_dense_weights_alone():
+    for synthesis in ("random", "factorised"):
+        synthesizer(synthesis=synthesis)(*inputs(5))
+    with pytest.raises(ValueError, match="needs the layer's input: pass hidden="):
+        synthesizer(synthesis="dense")(*inputs(5))
+
+
+@pytest.mark.parametrize("rank", [1, 32])
+def test_factorised_logits_begin_with_the_deviation_of_random_ones_whatever_the_rank(rank):
+    torch.manual_seed(0)
+    sizes = {"num_heads": 4, "head_dim": 8, "max_len": 400, "model_dim": 32}
+    random = build_attention("synthesizer", **sizes)
+    thin = build_attention("synthesizer", **sizes, synthesis="factorised", rank=rank)
+    assert 0.0198 < random.table.std() < 0.0202
+    assert 0.018 < (thin.left @ thin.right).std() < 0.022
+
+
+# Dropout
+
+
+@for_each_synthesis
+@with_and_without_dot_product
+def test_dropout_drops_weights_once(synthesis, dot_product):
+    # With the identity for values, the output is the weights.
+    attention = synthesizer(synthesis=synthesis, dot_product=dot_product, dropout=0.25).train()
+    q, k, _ = inputs(12, batch=40)
+    hidden = layer_input(12, batch=40)
+    v = torch.eye(12, dtype=q.dtype).expand(40, HEADS, 12, 12)
+    torch.manual_seed(0)
+    out = attention(q, k, v, hidden=hidden)
+    expected = attention.weights(q, k, hidden=hidden) / 0.75
+    dropped = out == 0
+    assert 0.19 < dropped.double().mean() < 0.31
+    assert_near(out, torch.where(dropped, 0.0, expected), 1e-12)
+    shared = synthesis != "dense" and not dot_product
+    assert torch.equal(dropped[0], dropped[1]) == shared
+    assert_near(attention.eval()(q, k, v, hidden=hidden), 0.75 * expected, 1e-12)
+
+
+# The engine under a bias
+
+
+def biases(n):
+    """Biases by what they are different for."""
+    generator = torch.Generator().manual_seed(3)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    return {
+        "nobody": None,
+        "queries and keys": normal(1, 2, n, n),
+        "keys": normal(1, 2, 1, n),
+        "samples and keys": normal(3, 2, 1, n).masked_fill(normal(3, 2, 1, n) > 1, -torch.inf),
+        "all": normal(3, 2, n, n).masked_fill(normal(3, 2, n, n) > 0, -torch.inf),
+    }
+
+
+def plain(q, k, v, bias, key_mask, causal):
+    """softmax(q k^T / sqrt(D) + bias) v, 0 where no key is seen."""
+    n = q.shape[2]
+    logits = q @ k.mT / math.sqrt(q.shape[3])
+    logits = logits if bias is None else logits + bias
+    if key_mask is not None:
+        logits = logits.masked_fill(~key_mask[:, None, None], -torch.inf)
+    if causal:
+        logits = logits.masked_fill(~torch.ones(n, n, dtype=torch.bool).tril(), -torch.inf)
+    none = (logits == -torch.inf).all(-1, keepdim=True)
+    return logits.masked_fill(none, 0.0).softmax(-1).masked_fill(none, 0.0) @ v
+
+
+def by_fused(q, k, v, bias, key_mask, causal):
+    return biased._fused(q, k, v, bias, key_mask, causal, 0.0, q.shape[3] ** -0.5)
+
+
+@pytest.mark.parametrize("form", [biased_attention, by_fused], ids=["blocks", "fused"])
+@pytest.mark.parametrize("what", biases(1))
+@both_ways
+@pytest.mark.parametrize("mask", ["no mask", "suffix padding", "holes and padding"])
+def test_blocks_of_any_size_and_the_fused_kernel_give_softmax_under_the_bias(
+    form, what, causal, mask, monkeypatch
+):
+    n = 23
+    leaves = [x.requires_grad_() for x in inputs(n)]
+    bias = biases(n)[what]
+    leaves += [] if bias is None else [bias.requires_grad_()]
+    q, k, v = leaves[:3]
+    given = (q, k, v, bias, MASKS[mask](n), causal)
+    expected = plain(*given)
+    gradients = torch.autograd.grad(expected.square().sum(), leaves)
+    # Four queries of one sample; two samples; all at once.
+    for size in (4 * n * 4, 4 * n * n * 2, 2**21):
+        monkeypatch.setattr(biased, "BLOCK_BYTES", size)
+        out = form(*given)
+        assert_near(out, expected, 1e-12)
+        ours = torch.autograd.grad(out.square().sum(), leaves)
+        for actual, theirs in zip(ours, gradients, strict=True):
+            assert_near(actual, theirs, 1e-12)
+
+
+def test_long_causal_sequences_do_not_compute_the_future_of_their_blocks():
+    n = 300
+    q, k, v = inputs(n)
+    expected = plain(q, k, v, biases(n)["keys"], None, True)
+    assert_near(biased_attention(q, k, v, biases(n)["keys"], causal=True), expected, 1e-12)
+    *_, last = biased._blocks(q[:1], k[:1], None, None, True)
+    first, *_ = biased._blocks(q[:1], k[:1], None, None, True)
+    assert first.scores.shape == (1, 128, 128)
+    assert last.scores.shape == (1, 300 - 256, 300)
 
 
 @both_ways
-@with_every_mask
-def test_what_other_devices_compute_is_the_same(mask, causal):
-    bias = torch.randn(1, 2, 13, 13, generator=torch.Generator().manual_seed(2)).double()
-    q, k, v = inputs(13)
-    given = (bias, MASKS[mask](13), causal, 0.0, 8**-0.5)
-    assert_near(biased._fused(q, k, v, *given), biased_attention(q, k, v, *given), 1e-12)
+def test_gradients_under_dropout_are_of_the_weights_that_were_kept(causal, monkeypatch):
+    n = 9
+    monkeypatch.setattr(biased, "BLOCK_BYTES", 4 * n * 4)
+    q, k, v = (x.requires_grad_() for x in inputs(n, batch=2))
+    bias = biases(n)["queries and keys"].requires_grad_()
+    key_mask = mask_of("111111100", "101111111")
+
+    def out(*leaves):
+        torch.manual_seed(1)
+        return biased_attention(*leaves, key_mask, causal, 0.4)
+
+    assert not torch.equal(out(q, k, v, bias), plain(q, k, v, bias, key_mask, causal))
+    assert torch.autograd.gradcheck(out, (q, k, v, bias), fast_mode=True)
+
+
+# Options
+
+
+def test_options_are_checked():
+    with pytest.raises(ValueError, match="rank must be at least 1"):
+        synthesizer(rank=0)
+    with pytest.raises(ValueError, match="Unknown value 'vanilla'"):
+        synthesizer(synthesis="vanilla")

@@ -23,6 +23,9 @@ BLOCK_BYTES = 2**21
 """Size of a block of weights; constant, since the blocks decide which draw falls on which weight.
 The two or three alive at a time stay in a CPU's cache."""
 
+CAUSAL_ROWS = 128
+"""Queries of a block of causal attention, at most: it computes half of their square in vain."""
+
 
 def biased_attention(
     q: Tensor,
@@ -113,7 +116,8 @@ def _blocks(
     """Walks over all queries that see a key; samples last, as they may share a bias."""
     batch, heads, n, _ = q.shape
     s = k.shape[-2]
-    rows_at_once = min(n, max(1, BLOCK_BYTES // (4 * s)))
+    most = min(n, CAUSAL_ROWS) if causal else n
+    rows_at_once = min(most, max(1, BLOCK_BYTES // (4 * s)))
     samples_at_once = max(1, BLOCK_BYTES // (4 * s * rows_at_once))
     none = q.new_zeros(1, 1, 1)
     counts = lengths = [s] * batch
