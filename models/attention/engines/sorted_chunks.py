@@ -60,9 +60,9 @@ def sorted_chunk_attention(
 def piece_size(device: torch.device) -> int:
     """Returns the most weights of a piece, of which a few times as many are in memory.
 
-    On CPU, these fit in a core's own cache; elsewhere, few pieces are wanted.
+    On CPU, these fit in the last-level cache; elsewhere, few pieces are wanted.
     """
-    return 2**17 if device.type == "cpu" else 2**26
+    return 2**19 if device.type == "cpu" else 2**26
 
 
 class _Layout(NamedTuple):
