@@ -166,6 +166,7 @@ class RunConfig:
     runs_dir: str
     plugins: list[str]
     checkpoint_seconds: float
+    runs_at_once: int
     modified: dict[str, Any] = field(default_factory=dict)
     non_default: dict[str, Any] = field(default_factory=dict)
 
@@ -177,6 +178,7 @@ class RunConfig:
                 or self.micro_batches >= 1,
                 "time_limit_minutes must not be negative": self.time_limit_minutes >= 0,
                 "checkpoint_seconds must not be negative": self.checkpoint_seconds >= 0,
+                "runs_at_once must be at least 1": self.runs_at_once >= 1,
             }
         )
 

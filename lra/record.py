@@ -92,7 +92,7 @@ class Record:
         memory_kind: What the peak counts, or why there is none.
         micro_batches: Pieces a batch was run in.
         precision: ``fp32`` or ``bf16``, with the reason for it.
-        device: Kind (cpu, cuda), name, and threads.
+        device: Kind (cpu, cuda), name, threads, and how many runs shared it.
         versions: Python and package versions.
         commit: Git commit of the code, with ``dirty`` if it was modified; unknown outside git.
         schema: Version of this record's format.

@@ -91,7 +91,7 @@ def new_record(config: RunConfig) -> Record:
         command=_shareable(shlex.join(["lra", *sys.argv[1:]])),
         started=datetime.now(UTC).isoformat(timespec="seconds"),
         precision={"name": precision, "reason": reason},
-        device=measure.device_facts(device),
+        device=measure.device_facts(device) | {"runs_at_once": config.runs_at_once},
         versions=measure.versions(),
         commit=measure.commit(),
     )

@@ -287,6 +287,7 @@ RUN_RANGES = {
     "seed=-1": ["seed must not be negative"],
     "time_limit_minutes=-1": ["time_limit_minutes must not be negative"],
     "checkpoint_seconds=-1": ["checkpoint_seconds must not be negative"],
+    "runs_at_once=0": ["runs_at_once must be at least 1"],
 }
 DISAGREEMENTS = {
     "model.max_len=1998": ["model.max_len is 1998", "listops", "1999 tokens"],
@@ -576,6 +577,7 @@ def test_no_setting_outside_task_attention_protocol_model_and_train_is_part_of_t
             "cache_dir=my_cache",
             "runs_dir=my_runs",
             "checkpoint_seconds=5",
+            "runs_at_once=2",
         ]
     )
     assert identity(config) == identity(smoke())

@@ -333,6 +333,10 @@ def test_conditions_that_all_rows_share_are_told_once_below_the_table(make):
             {"device": {"kind": "cpu", "name": "CPU A", "threads": 8}},
             "CPU A, 8 threads, fp32",
         ),
+        (
+            {"device": {"kind": "cpu", "name": "CPU A", "threads": 2, "runs_at_once": 4}},
+            "CPU A, 2 threads, fp32, 4 runs at once",
+        ),
     ],
 )
 def test_rows_of_different_conditions_get_a_column_that_tells_them(make, change, told):

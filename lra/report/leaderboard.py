@@ -179,7 +179,9 @@ def _row(records: Sequence[Record]) -> dict[str, Any]:
 
 def _conditions(r: Record) -> str:
     """Returns what speed and memory depend on; they compare only where it is the same."""
-    return f"{r.device['name']}, {r.device['threads']} threads, {r.precision['name']}"
+    told = f"{r.device['name']}, {r.device['threads']} threads, {r.precision['name']}"
+    shared = r.device.get("runs_at_once", 1)
+    return told + (f", {shared} runs at once" if shared > 1 else "")
 
 
 def _ratio(r: Record) -> float | None:

@@ -122,6 +122,7 @@ class _Blocks:
 
 class _SoftmaxDropout(torch.autograd.Function):
     @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu")
     def forward(
         ctx: Any,
         q: Tensor,
@@ -142,6 +143,7 @@ class _SoftmaxDropout(torch.autograd.Function):
         return out
 
     @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")  # without autocast, as forward
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, bias, out = ctx.saved_tensors
         draws = Draws(ctx.p, ctx.seed)
