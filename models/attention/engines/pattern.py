@@ -80,7 +80,12 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: fl
     """
     if p and q.device.type == "cpu":
         return softmax_dropout_attention(q, k, v, mask, p)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
+    if not p or mask is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
+    # With dropout, CUDA's fused kernel gives NaN gradients to queries without a key.
+    seen = mask.any(-1, keepdim=True)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask | ~seen, dropout_p=p)
+    return out.masked_fill(~seen, 0.0)
 
 
 def attend_blocks(q: Tensor, keys: Keys, block: int, p: float) -> Tensor:
