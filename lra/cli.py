@@ -15,6 +15,7 @@ examples:
   lra train -m task=listops attention=softmax,cosformer seed=0,1,2
   lra eval runs/quick/listops/softmax/s0-1a2b3c4d
   lra report
+  lra compare softmax cosformer --protocol quick
   lra data task=listops protocol=quick
   lra ls attention=rfa
   lra check attention=rfa attention.gate=true
@@ -108,8 +109,21 @@ def _other(arguments: list[str]) -> int:
     command = commands.add_parser("eval", help="score a run's checkpoint on the test set again")
     command.add_argument("folder", type=Path, metavar="RUN_FOLDER")
     command = commands.add_parser("report", help="write the tables of all runs to results/")
-    command.add_argument("--runs", type=Path, default=Path("runs"), help="folder of runs")
+    command.add_argument(
+        "--runs", type=Path, nargs="+", default=[Path("runs")], help="folders of runs"
+    )
     command.add_argument("--out", type=Path, default=Path("results"), help="folder to write to")
+    command = commands.add_parser(
+        "compare", help="compare two rows of the leaderboard on the same test examples"
+    )
+    for side in ("A", "B"):
+        command.add_argument(
+            side.lower(), metavar=side, help="a row's name, as 'linear feature=relu', or a folder"
+        )
+    command.add_argument(
+        "--runs", type=Path, nargs="+", default=[Path("runs")], help="folders of runs"
+    )
+    command.add_argument("--protocol", help="of this protocol only")
     command = commands.add_parser("data", help="say what data is there, or prepare a task's")
     command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="task=NAME prepares it")
     command = commands.add_parser("ls", help="list names, capabilities, options and data")
@@ -133,6 +147,10 @@ def _other(arguments: list[str]) -> int:
         from lra.report import write
 
         return write(given.runs, given.out)
+    if given.command == "compare":
+        from lra.report.compare import compare
+
+        return compare(given.a, given.b, given.runs, given.protocol)
     if given.command == "data":
         from lra.listing import data
 

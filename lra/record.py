@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lra.files import write_atomically, write_text
+from lra.files import short_hash, write_atomically, write_text
 from lra.typed import from_mapping
 
 SCHEMA = 1
@@ -127,6 +127,21 @@ class Record:
     memory_kind: str = ""
     micro_batches: int | None = None
     schema: int = field(default=SCHEMA)
+
+    def identity_hash(self) -> str:
+        """Returns the hash of the settings as they are told here; it equals ``hash``.
+
+        Raises:
+            KeyError: If a setting is missing.
+        """
+        settings = {key: self.config[key] for key in ("attention", "model", "train")}
+        told = settings | {
+            "task": self.task["fingerprint"],
+            "protocol": self.protocol,
+            "precision": self.precision["name"],
+            "device": self.device["kind"],
+        }
+        return short_hash(told)
 
     def save(self, folder: Path) -> None:
         """Writes ``record.json`` into ``folder``, atomically."""

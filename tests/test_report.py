@@ -2,15 +2,22 @@
 
 import csv
 import dataclasses
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lra import report
-from lra.record import Record, Score, Throughput
+from lra.record import Record, Score, Throughput, save_predictions
+from lra.report import store
+from lra.report.published import published
+from lra.tasks import TASKS
+from models.attention import ATTENTIONS
 
 ROOT = Path(__file__).parents[1]
 
@@ -78,25 +85,46 @@ def named(name, **non_default):
     return {"name": name, "options": non_default, "non_default": non_default}
 
 
+def sound(record):
+    """Returns the record with the hash of its settings; records of other hashes stay apart."""
+    settings = {
+        "attention": record.attention | {"salt": record.hash},
+        "model": {},
+        "train": {"steps": 600, "batch_size": 64},
+    }
+    record = dataclasses.replace(record, config=settings)
+    return dataclasses.replace(record, hash=record.identity_hash())
+
+
+OVERVIEWS = ("all tasks", "beside published figures")
+
+
+def table_of(markdown):
+    """Returns the rows of a Markdown table as dictionaries."""
+    lines = [line.strip("| ").split(" | ") for line in markdown.splitlines() if line[:1] == "|"]
+    header, _, *rows = [[cell.strip() for cell in line] for line in lines]
+    return [dict(zip(header, row, strict=True)) for row in rows]
+
+
 class Report:
     """What `lra report` writes of given records."""
 
     def __init__(self, folder, records, protocol="quick"):
         for i, one in enumerate(records):
-            one.save(folder / "runs" / f"{i:03}")
-        assert report.write(folder / "runs", folder / "results") == 0
+            sound(one).save(folder / "runs" / f"{i:03}")
+        assert report.write([folder / "runs"], folder / "results") == 0
         path = folder / "results" / f"leaderboard-{protocol}"
         self.markdown = path.with_suffix(".md").read_text()
         self.csv = path.with_suffix(".csv").read_text()
         self.figures = list(csv.DictReader(self.csv.splitlines()))
-        lines = [line.strip("| ").split("|") for line in self.markdown.splitlines() if "|" in line]
-        table = [[cell.strip() for cell in line] for line in lines]
-        self.columns = table[0]
-        self.rows = [
-            dict(zip(self.columns, line, strict=True))
-            for line in table[1:]
-            if line != self.columns and not line[0].startswith("---")
-        ]
+        self.tex = path.with_suffix(".tex").read_text()
+        parts = [part.partition("\n") for part in self.markdown.split("\n## ")[1:]]
+        self.sections = {}
+        for title, _, text in parts:
+            self.sections.setdefault(title, []).append(table_of(text))
+        tasks = [t for name, part in self.sections.items() if name not in OVERVIEWS for t in part]
+        self.columns = list(tasks[0][0])
+        self.rows = [row for table in tasks for row in table]
         self.names = [row["attention"] for row in self.rows]
 
     def row(self, name):
@@ -139,14 +167,14 @@ def test_speed_time_and_memory_are_means_over_seeds(make):
     )
     row = make(run(seed=0), second).row("softmax")
     assert (row["train s"], row["steps/s"]) == ("70", "15.00")
-    assert (row["tokens/s"], row["peak MB"]) == ("48,000", "124.0")
+    assert row["peak MB"] == "124.0"
 
 
 def test_records_of_different_hash_are_never_averaged(make):
     made = make(run(500, hash="aaaaaaaa"), run(700, hash="bbbbbbbb", seed=1))
     assert [row["test accuracy %"] for row in made.rows[:2]] == ["70.00", "50.00"]
     assert [row["seeds"] for row in made.rows[:2]] == ["1", "1"]
-    assert [row["hash"] for row in made.figures[:2]] == ["bbbbbbbb", "aaaaaaaa"]
+    assert len({row["hash"] for row in made.figures[:2]}) == 2
 
 
 def test_a_run_found_twice_is_one_seed(make):
@@ -169,7 +197,7 @@ def test_speeds_of_two_devices_are_never_averaged(make):
 def test_results_on_different_data_are_never_averaged(make):
     other = run(700, seed=1, task=TASK | DATA | {"data_hash": "e" * 16})
     made = make(run(500, seed=0), other)
-    assert "60.00" not in made.markdown
+    assert "60.00" not in [row["test accuracy %"] for row in made.rows if row["seeds"] != "–"]
     assert "d" * 16 in made.markdown
     assert "e" * 16 in made.markdown
 
@@ -301,6 +329,15 @@ def test_validation_on_the_test_split_is_marked(make):
     assert "§ legacy validation" in made.markdown
 
 
+def test_a_run_of_fewer_steps_than_the_protocols_is_marked(make):
+    fewer = run(modified={"train.steps": [600, 60]})
+    more = run(hash="bbbbbbbb", attention=named("linear"), modified={"train.steps": [600, 900]})
+    assert make(fewer, more).names[:2] == [
+        "linear (train.steps=900)*",
+        "softmax (train.steps=60)*¶",
+    ]
+
+
 def test_marks_that_nothing_bears_are_not_explained(make):
     markdown = make(run()).markdown
     assert [mark for mark in ("†", "‡", "§", "departs") if mark in markdown] == []
@@ -368,10 +405,10 @@ def test_versions_and_data_of_a_task_never_share_a_table(make):
 def test_two_protocols_are_two_files_that_share_no_row(tmp_path, make):
     quick = make(run(500), run(600, protocol="nystrom"))
     assert sorted(path.name for path in (tmp_path / "results").iterdir()) == [
-        "leaderboard-nystrom.csv",
-        "leaderboard-nystrom.md",
-        "leaderboard-quick.csv",
-        "leaderboard-quick.md",
+        f"{name}-{protocol}.{kind}" if kind != "png" else f"{name}-{protocol}.png"
+        for name, kinds in (("leaderboard", ("csv", "md", "tex")), ("seeds", ("png",)))
+        for protocol in ("nystrom", "quick")
+        for kind in kinds
     ]
     nystrom = (tmp_path / "results" / "leaderboard-nystrom.md").read_text()
     assert ("50.00" in quick.markdown, "60.00" in quick.markdown) == (True, False)
@@ -405,6 +442,7 @@ def test_the_csv_holds_unrounded_numbers(make):
     assert float(figures["peak_megabytes"]) == 123
     assert float(figures["tokens_per_second"]) == 64_000
     text = {"protocol", "task", "data", "kind", "name", "status", "conditions", "hash"}
+    text |= {"source", "source_protocol", "difference", "low", "high"}
     for name, value in figures.items():
         assert name in text or float(value) >= 0
 
@@ -412,6 +450,167 @@ def test_the_csv_holds_unrounded_numbers(make):
 def test_the_table_is_printed_too(make, capsys):
     made = make(run())
     assert made.markdown in capsys.readouterr().out
+
+
+# Ranks, all tasks, published figures
+
+
+def on(task, correct=500, **changes):
+    """Returns a finished run on another task."""
+    about = TASK | DATA | {"name": task, "fingerprint": task}
+    return run(
+        correct,
+        hash=f"{task}-{changes.get('attention', {}).get('name')}"[:16],
+        task=about,
+        **changes,
+    )
+
+
+def test_equal_accuracies_share_a_rank(make):
+    scores = {"a": 600, "b": 500, "c": 500, "d": 400}
+    made = make(
+        *(run(score, hash=name * 8, attention=named(name)) for name, score in scores.items()),
+        failed(hash="eeeeeeee", attention=named("e")),
+    )
+    assert [(row["attention"], row["rank"]) for row in made.rows[:5]] == [
+        ("a", "1"),
+        ("b", "2"),
+        ("c", "2"),
+        ("d", "4"),
+        ("e", "–"),
+    ]
+
+
+def test_speed_is_told_beside_that_of_softmax_on_the_same_device(make):
+    fast = {"throughput": Throughput(25.0, 1.0, 1.0, 595)}
+    other = {"device": {"kind": "cpu", "name": "CPU B", "threads": 2}}
+    made = make(
+        run(),
+        run(hash="bbbbbbbb", attention=named("linear"), **fast),
+        run(hash="cccccccc", attention=named("rfa"), **fast, **other),
+    )
+    speeds = {row["attention"]: row["speed vs softmax"] for row in made.rows[:3]}
+    assert speeds == {"softmax": "1.00", "linear": "2.50", "rfa": "–"}
+
+
+def test_the_average_is_over_all_tasks_and_only_of_rows_that_have_them_all(make):
+    made = make(
+        on("listops", 300, attention=named("a")),
+        on("text", 500, attention=named("a")),
+        on("listops", 500, attention=named("a"), seed=1),
+        on("text", 900, attention=named("b")),
+        on("listops", 200, attention=named("c")),
+        on("text", 300, attention=named("c")),
+    )
+    [rows] = made.sections["all tasks"]
+    assert rows[0] == {
+        "attention": "a",
+        "rank": "1",
+        "listops": "40.00 ± 14.14 (2)",
+        "text": "50.00",
+        "average of 2": "45.00",
+    }
+    assert [(r["attention"], r["rank"], r["average of 2"]) for r in rows[1:3]] == [
+        ("c", "2", "25.00"),
+        ("b", "–", "–"),
+    ]
+    assert rows[1]["listops"] == "20.00"
+    assert rows[2]["listops"] == "–"
+
+
+def test_path_x_is_left_out_of_the_average(make):
+    made = make(*(on(task, 500) for task in ("pathx", "text", "listops")))
+    [rows] = made.sections["all tasks"]
+    assert list(rows[0]) == ["attention", "rank", "listops", "text", "pathx", "average of 2"]
+    assert "pathx is left out of the average" in made.markdown
+
+
+def test_precisions_are_rows_of_their_own_over_all_tasks(make):
+    bf16 = {"precision": {"name": "bf16", "reason": "asked for"}}
+    made = make(
+        on("listops", 300),
+        on("text", 300),
+        dataclasses.replace(on("listops", 400), hash="b1", **bf16),
+        dataclasses.replace(on("text", 600), hash="b2", **bf16),
+    )
+    [rows] = made.sections["all tasks"]
+    averages = {row["attention"]: row["average of 2"] for row in rows[:2]}
+    assert averages == {"softmax [cpu, bf16]": "50.00", "softmax [cpu, fp32]": "30.00"}
+
+
+def test_published_figures_stand_beside_ours_with_difference_source_and_protocol(make):
+    made = make(
+        run(400, protocol="nystrom"),
+        run(300, protocol="nystrom", hash="bbbbbbbb", attention=named("linear", feature="relu")),
+        run(300, protocol="nystrom", hash="cccccccc", attention=named("cosformer")),
+        protocol="nystrom",
+    )
+    [rows] = made.sections["beside published figures"]
+    assert [row["attention"] for row in rows] == ["cosformer", "softmax"]  # in their default form
+    assert list(rows[1])[:4] == ["task", "attention", "ours", "Nyströmformer Table 3"]
+    assert rows[1]["Nyströmformer Table 3"] == "37.10 (+2.90)"
+    assert rows[0]["cosFormer Table 4"] == "37.90 (−7.90)"
+    assert "LRA Table 1 (Tay et al., ICLR 2021): protocol google." in made.markdown
+    published = [row for row in made.figures if row["kind"] == "published"]
+    [nystrom] = [row for row in published if row["source_protocol"] == "nystrom"]
+    assert (nystrom["name"], nystrom["accuracy"]) == ("softmax", "37.1")
+    assert float(nystrom["difference"]) == pytest.approx(2.9)
+
+
+def test_a_protocol_that_follows_no_paper_has_no_published_figures_beside_it(make):
+    assert "published" not in make(run()).markdown
+
+
+def test_published_names_are_registered_and_no_cell_stands_twice():
+    cells = published()
+    assert {cell.attention for cell in cells} <= set(ATTENTIONS.names())
+    assert {cell.task for cell in cells} <= set(TASKS.names())
+    assert len({(c.source, c.task, c.attention) for c in cells}) == len(cells) > 200
+
+
+# LaTeX
+
+
+def test_the_latex_tables_escape_what_latex_would_read(make):
+    made = make(run(100, attention=named("a_b", eps="1e-5&#"), modified={"train.lr": [1, 2]}))
+    assert r"a\_b eps=1e-5\&\# (train.lr=2)*$^\dagger$" in made.tex
+    assert r"95 \% interval" in made.tex
+
+
+def test_the_latex_compiles(make, tmp_path):
+    if shutil.which("pdflatex") is None:
+        pytest.skip("needs pdflatex")
+    several = [
+        on(task, 100, attention=named(a)) for task in ("listops", "text") for a in ("a_b", "c")
+    ]
+    made = make(*several, failed(hash="eeeeeeee", attention=named("d<e")), run(hash="f" * 8))
+    document = (
+        r"\documentclass{article}\usepackage[utf8]{inputenc}\usepackage[T1]{fontenc}"
+        r"\usepackage{booktabs}\begin{document}\input{results/leaderboard-quick.tex}\end{document}"
+    )
+    assert made.tex.count(r"\begin{table}") == 4
+    (tmp_path / "paper.tex").write_text(document)
+    command = ["pdflatex", "-halt-on-error", "-interaction=nonstopmode", "paper.tex"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:]
+
+
+# Figures
+
+
+def test_curves_and_tradeoff_are_drawn_where_there_is_something_to_draw(tmp_path, make):
+    made = [run(seed=0), run(seed=1), run(hash="bbbbbbbb", attention=named("linear"))]
+    for i in range(2):
+        folder = tmp_path / "runs" / f"{i:03}"
+        folder.mkdir(parents=True)
+        lines = [{"step": 10 * k, "seconds": 1.0 * k, "val_accuracy": 0.1 * k} for k in (1, 2, 3)]
+        text = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 40, "sec'
+        (folder / "metrics.jsonl").write_text(text)
+    make(*made)
+    for name in ("curves", "seeds", "tradeoff"):
+        image = (tmp_path / "results" / f"{name}-quick.png").read_bytes()
+        assert image.startswith(b"\x89PNG")
+        assert len(image) > 5000
 
 
 # Reproducibility and damage
@@ -429,8 +628,8 @@ SEVERAL = [
 
 def written(folder, order):
     for i in order:
-        SEVERAL[i].save(folder / "runs" / str(i))
-    report.write(folder / "runs", folder / "results")
+        sound(SEVERAL[i]).save(folder / "runs" / str(i))
+    report.write([folder / "runs"], folder / "results")
     return {path.name: path.read_bytes() for path in (folder / "results").iterdir()}
 
 
@@ -439,7 +638,8 @@ def test_the_same_records_give_the_same_bytes_whenever_they_were_written(tmp_pat
     first = written(tmp_path / "a", order)
     assert written(tmp_path / "b", reversed(order)) == first
     assert written(tmp_path / "a", order) == first
-    assert len(first) == 4
+    assert len(first) == 9  # three leaderboards and figures of the seeds of two protocols, and
+    assert "tradeoff-quick.png" in first
 
 
 def test_the_same_records_give_the_same_bytes_in_every_process(tmp_path):
@@ -467,28 +667,71 @@ def test_a_damaged_record_is_named_on_standard_error_and_left_out(tmp_path, make
     assert line.startswith(f"left out: {damaged} is no record")
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"hash": "0" * 8}, "has the hash 00000000, but its settings have"),
+        ({"seed": 7, "precision": {"name": "bf16", "reason": ""}}, "was it edited?"),
+        ({"test": Score.of(999, 1000, 1.0, 600)}, "tells a test accuracy of 99.90% of 1,000, but"),
+        ({"test": None}, "is of a finished run and has no score"),
+        ({"config": {}}, "has no 'attention'"),
+    ],
+)
+def test_a_record_that_contradicts_itself_is_named_and_left_out(
+    tmp_path, make, capsys, change, told
+):
+    folder = tmp_path / "runs" / "edited"
+    honest = sound(run(500, hash="bbbbbbbb", attention=named("linear")))
+    dataclasses.replace(honest, **change).save(folder)
+    save_predictions(folder, np.arange(1000) < 500, np.ones(1000))
+    made = make(run())
+    assert "from 1 records" in made.markdown
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"left out: {folder}/record.json")
+    assert told in line
+
+
+def test_a_record_that_agrees_with_its_predictions_is_taken(tmp_path, make):
+    folder = tmp_path / "runs" / "honest"
+    sound(run(500, hash="bbbbbbbb", attention=named("linear"))).save(folder)
+    save_predictions(folder, np.arange(1000) < 500, np.ones(1000))
+    assert "linear" in make(run()).names
+
+
+def test_folders_of_other_people_are_reported_together(tmp_path):
+    sound(run(500)).save(tmp_path / "ours" / "a")
+    sound(run(500)).save(tmp_path / "theirs" / "the same run, copied")
+    sound(run(700, seed=1)).save(tmp_path / "theirs" / "b")
+    report.write([tmp_path / "ours", tmp_path / "theirs"], tmp_path / "results")
+    assert "60.00 ± 14.14" in (tmp_path / "results" / "leaderboard-quick.md").read_text()
+
+
 def test_records_are_found_however_deep_they_lie(tmp_path, make):
-    run(700, seed=3).save(tmp_path / "runs" / "quick" / "listops" / "softmax" / "s3-aaaaaaaa")
+    sound(run(700, seed=3)).save(
+        tmp_path / "runs" / "quick" / "listops" / "softmax" / "s3-aaaaaaaa"
+    )
     assert make(run(500)).row("softmax")["seeds"] == "2"
 
 
-def test_records_are_read_in_the_order_of_their_folders_whatever_the_disk_lists_first(
-    tmp_path, monkeypatch
-):
+def test_records_are_read_in_one_order_whatever_the_disk_lists_first(tmp_path, monkeypatch):
     for seed in (2, 0, 1):
-        run(seed=seed).save(tmp_path / str(seed))
+        sound(run(seed=seed)).save(tmp_path / str(seed))
     listed = Path.rglob
     for order in (sorted, lambda paths: sorted(paths, reverse=True)):
         monkeypatch.setattr(Path, "rglob", lambda *given, order=order: order(listed(*given)))
-        assert [one.seed for one in report.read(tmp_path)] == [0, 1, 2]
+        assert [one.record.seed for one in store.read([tmp_path])] == [0, 1, 2]
 
 
-@pytest.mark.parametrize("folder", ["", "empty", "damaged"])
+@pytest.mark.parametrize("folder", ["empty", "damaged"])
 def test_without_any_record_the_message_says_what_to_type(tmp_path, folder):
     (tmp_path / "empty").mkdir()
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "record.json").write_text("{")
-    runs = tmp_path / folder if folder else tmp_path / "not there"
     with pytest.raises(ValueError, match=r"no record below .*lra train.*--runs"):
-        report.write(runs, tmp_path / "results")
+        report.write([tmp_path / folder], tmp_path / "results")
     assert not (tmp_path / "results").exists()
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"There is no folder .*not there"):
+        report.write([tmp_path / "not there"], tmp_path / "results")

@@ -1,97 +1,225 @@
-"""The leaderboard of one protocol: a table for each task, accuracy, cost and rules side by side."""
+"""The leaderboard of one protocol: what its records say, as rows; `lra.report.pages` shows them.
+
+Records of one setting (equal hash) make a row, whatever their seeds; different settings are never
+averaged, and different versions of a task, or different data, never share a table.
+"""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from statistics import mean, stdev
 from typing import Any
 
-import pandas as pd
-
 from lra.record import Record
+from lra.report.published import Published, published
+from lra.report.store import Run
 
-DASH = "–"
-NOT_LEARNED, LARGER, MODIFIED, LEGACY = "†", "‡", "*", "§"
+NOT_LEARNED, LARGER, MODIFIED, FEWER, LEGACY = "†", "‡", "*", "¶", "§"
 
 MARKS = {
     NOT_LEARNED: "not learned: the 95 % interval of a run reaches the majority class",
     LARGER: "more than 110 % of the parameters of the softmax model",
     MODIFIED: "departs from the protocol, as said in brackets",
+    FEWER: "fewer steps than the protocol's",
     LEGACY: "legacy validation: the test split was also the validation split; the last step counts",
 }
 
-COLUMNS = {
-    "name": "attention",
-    "accuracy": "test accuracy %",
-    "interval": "95 % interval",
-    "seeds": "seeds",
-    "parameters": "parameters",
-    "ratio": "vs softmax",
-    "train": "train s",
-    "steps": "steps/s",
-    "tokens": "tokens/s",
-    "memory": "peak MB",
-    "conditions": "conditions",
-}
+TASKS = ("listops", "text", "retrieval", "citations", "image", "pathfinder", "pathx")
+"""The order of tables and columns; other tasks follow by name."""
+
+NOT_AVERAGED = "pathx"
+"""The arena's average leaves Path-X out (Tay et al. 2021, Table 1)."""
 
 
-class Leaderboard:
-    """The tables of one protocol's records.
+@dataclass
+class Row:
+    """One setting of an attention on one task, over its seeds.
 
-    Records of one setting (equal hash) make a row, whatever their seeds; different settings are
-    never averaged, and different versions of a task never share a table.
-
-    Args:
-        records: The records, at least one.
+    Attributes:
+        label: The attention, its options that are not default, and departures from the protocol.
+        runs: The runs, finished or not.
+        marks: Marks of `MARKS` that it bears.
+        conditions: Device, threads and precision; speed and memory compare only where equal.
+        accuracy: Mean test accuracy over finished seeds, per cent; None without any.
+        sd: Standard deviation over seeds, per cent; None for fewer than two.
+        low: Lower end of the 95 % interval of a single seed, per cent.
+        high: Upper end.
+        seeds: Finished seeds.
+        status: How the other seeds ended, or ``ok``.
+        rank: 1 for the highest accuracy of the table; equal accuracies share the better rank.
+        steps_per_second: Mean speed; None where conditions of the seeds differ.
+        speed: Steps per second over those of the table's softmax row in the same conditions.
+        train_seconds: Mean time in optimiser steps.
+        peak_bytes: Mean peak memory.
     """
 
-    def __init__(self, records: Sequence[Record]) -> None:
-        self.protocol = records[0].protocol
-        self.records = records
-        tables: dict[tuple[str, int, str, str], list[Record]] = {}
-        for r in records:
-            task = r.task
-            key = (task["name"], task["version"], task["fingerprint"], _data(r, records))
-            tables.setdefault(key, []).append(r)
-        self.tables = {key: (group, _rows(group)) for key, group in sorted(tables.items())}
+    label: str
+    runs: list[Run]
+    marks: str
+    conditions: str
+    accuracy: float | None = None
+    sd: float | None = None
+    low: float | None = None
+    high: float | None = None
+    seeds: int = 0
+    status: str = "ok"
+    rank: int | None = None
+    steps_per_second: float | None = None
+    tokens_per_second: float | None = None
+    speed: float | None = None
+    train_seconds: float | None = None
+    evaluation_seconds: float | None = None
+    peak_bytes: float | None = None
 
-    def markdown(self) -> str:
-        """Returns the tables as a Markdown document."""
-        parts = [f"# Leaderboard, protocol {self.protocol}"]
-        for (task, version, _, data), (records, rows) in self.tables.items():
-            parts.append(f"## {task}\n" + _data_line(records, version, data))
-            parts.append(_markdown_table(rows))
-            conditions = {row["conditions"] for row in rows if "conditions" in row}
-            if len(conditions) == 1:
-                parts.append(f"Speed and memory: {conditions.pop()}.")
-            used = "".join(row["marks"] for row in rows)
-            notes = [f"{mark} {meaning}." for mark, meaning in MARKS.items() if mark in used]
-            if notes:
-                parts.append("\n".join(f"{note}\\" for note in notes).rstrip("\\"))
-        parts.append(self._origin())
-        return "\n\n".join(parts) + "\n"
+    @property
+    def first(self) -> Record:
+        """A finished record, or the first."""
+        done = [run.record for run in self.runs if run.record.status == "ok"]
+        return (done or [self.runs[0].record])[0]
 
-    def csv(self) -> str:
-        """Returns all rows with their unrounded figures as CSV."""
-        frame = pd.DataFrame(
-            {"protocol": self.protocol, "task": task, "task_version": version, "data": data}
-            | {key: value for key, value in row.items() if key != "marks"}
-            for (task, version, _, data), (_, rows) in self.tables.items()
-            for row in rows
+    @property
+    def ratio(self) -> float | None:
+        """Parameters over those of the softmax model."""
+        r = self.first
+        if r.parameters is None or not r.parameters_of_softmax:
+            return None
+        return r.parameters / r.parameters_of_softmax
+
+    @property
+    def device(self) -> tuple[str, str]:
+        """Kind of device, and precision: different results are no seeds of one another."""
+        return self.first.device["kind"], self.first.precision["name"]
+
+
+@dataclass
+class TaskTable:
+    """All rows of a task, of one version and one set of data.
+
+    Attributes:
+        task: Name.
+        version: Version of the task.
+        data: Hash of the data, or of the settings where nothing got as far as data.
+        rows: By accuracy.
+        rules: Accuracy in per cent of rules that learn nothing, ascending.
+        records: All records.
+    """
+
+    task: str
+    version: int
+    data: str
+    rows: list[Row]
+    rules: dict[str, float]
+    records: list[Record]
+
+    @property
+    def n(self) -> int | None:
+        """Number of test examples."""
+        return next((r.test.n for r in self.records if r.test), None)
+
+
+@dataclass
+class SummaryRow:
+    """An attention over the tasks.
+
+    Attributes:
+        label: As in `Row`; with device and precision where the protocol has several.
+        cells: Its row in each table that has one, by the table's place.
+        average: Mean accuracy over the averaged tasks, per cent; None unless it has all.
+        rank: By average.
+    """
+
+    label: str
+    cells: dict[int, Row]
+    average: float | None = None
+    rank: int | None = None
+
+
+@dataclass
+class Board:
+    """A protocol's tables, the summary over tasks, and the published figures beside ours.
+
+    Args:
+        runs: Its runs, at least one.
+    """
+
+    runs: list[Run]
+    protocol: str = field(init=False)
+    tables: list[TaskTable] = field(init=False)
+    averaged: list[int] = field(init=False)
+    summary: list[SummaryRow] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.protocol = self.runs[0].record.protocol
+        groups: dict[tuple[Any, ...], list[Run]] = {}
+        records = [run.record for run in self.runs]
+        for run in self.runs:
+            task = run.record.task
+            name = task["name"]
+            place = TASKS.index(name) if name in TASKS else len(TASKS)
+            key = (place, name, task["version"], task["fingerprint"], _data(run.record, records))
+            groups.setdefault(key, []).append(run)
+        self.tables = [_table(key[-1], groups[key]) for key in sorted(groups)]
+        self.averaged = self._averaged()
+        self.summary = self._summary()
+
+    def published(self) -> list[tuple[TaskTable, Row, dict[str, Published]]]:
+        """Returns rows in default form with the published cells of that task and attention.
+
+        Nothing, unless this protocol follows the code of a paper.
+        """
+        if all(cell.protocol != self.protocol for cell in published()):
+            return []
+        found = []
+        for i in self._main_tables():
+            table = self.tables[i]
+            for row in sorted(table.rows, key=lambda row: row.label):
+                name, plain = row.first.attention["name"], row.label == row.first.attention["name"]
+                cells = {
+                    cell.source: cell
+                    for cell in published()
+                    if (cell.task, cell.attention) == (table.task, name)
+                }
+                if plain and cells and row.accuracy is not None:
+                    found.append((table, row, cells))
+        return found
+
+    def _main_tables(self) -> list[int]:
+        """Returns the table with the most rows of each task, the others being variations."""
+        best: dict[str, int] = {}
+        for i, table in enumerate(self.tables):
+            if table.task not in best or len(table.rows) > len(self.tables[best[table.task]].rows):
+                best[table.task] = i
+        return list(best.values())
+
+    def _averaged(self) -> list[int]:
+        main = self._main_tables()
+        return [i for i in main if self.tables[i].task != NOT_AVERAGED] or main
+
+    def _summary(self) -> list[SummaryRow]:
+        devices = {row.device for table in self.tables for row in table.rows}
+        rows: dict[tuple[str, tuple[str, str]], SummaryRow] = {}
+        for i, table in enumerate(self.tables):
+            for row in table.rows:
+                label = row.label + (f" [{', '.join(row.device)}]" if len(devices) > 1 else "")
+                summary = rows.setdefault((label, row.device), SummaryRow(label, {}))
+                known = summary.cells.get(i)
+                # Of settings with one name, as options added later make them, the latest counts.
+                if known is None or known.first.started < row.first.started:
+                    summary.cells[i] = row
+        for summary in rows.values():
+            cells = [summary.cells.get(i) for i in self.averaged]
+            scores = [cell.accuracy for cell in cells if cell and cell.accuracy is not None]
+            if len(scores) == len(self.averaged):
+                summary.average = mean(scores)
+        ordered = sorted(
+            rows.values(),
+            key=lambda s: (
+                -(s.average if s.average is not None else -1),
+                -len(s.cells),
+                s.label,
+            ),
         )
-        return frame.convert_dtypes().to_csv(index=False, lineterminator="\n")
-
-    def _origin(self) -> str:
-        """Returns how the tables were made: records, code, packages, dates."""
-        commits = {
-            str(r.commit["commit"])[:10] + (" (modified)" if r.commit["dirty"] else "")
-            for r in self.records
-        }
-        torch = {r.versions["torch"] for r in self.records}
-        days = sorted(r.started[:10] for r in self.records)
-        dates = days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}"
-        return (
-            f"Made by `lra report` from {len(self.records)} records of {dates}; torch "
-            f"{', '.join(sorted(torch))}; code {', '.join(sorted(commits))}."
-        )
+        _rank([(s.average, s) for s in ordered])
+        return ordered
 
 
 def _data(r: Record, records: Sequence[Record]) -> str:
@@ -105,76 +233,94 @@ def _data(r: Record, records: Sequence[Record]) -> str:
     return next(hashes, r.task["fingerprint"])
 
 
-def _rows(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """Returns the rows of one task: settings by accuracy, then the rules that learn nothing."""
-    settings: dict[str, list[Record]] = {}
-    for r in records:
-        settings.setdefault(r.hash, []).append(r)
+def _table(data: str, runs: Sequence[Run]) -> TaskTable:
+    settings: dict[str, list[Run]] = {}
+    for run in runs:
+        settings.setdefault(run.record.hash, []).append(run)
     rows = [_row(group) for group in settings.values()]
     rows.sort(
         key=lambda row: (
-            -(row["accuracy"] if row["accuracy"] is not None else -1),
-            row["name"],
-            row["hash"],
+            -(row.accuracy if row.accuracy is not None else -1),
+            row.label,
+            row.first.hash,
         )
     )
-    for r in records:
-        if "baselines" in r.task:
-            n = r.task["splits"]["test"]["examples"]
-            return rows + [
-                {"kind": "rule", "name": name, "accuracy": 100 * score, "n": n, "marks": ""}
-                for name, score in sorted(r.task["baselines"].items(), key=lambda item: item[1])
-            ]
-    return rows
+    _rank([(row.accuracy, row) for row in rows])
+    for row in rows:
+        yardsticks = [
+            other.steps_per_second
+            for other in rows
+            if other.label == "softmax" and other.conditions == row.conditions
+        ]
+        if row.steps_per_second and yardsticks and yardsticks[0]:
+            row.speed = row.steps_per_second / yardsticks[0]
+    records = [run.record for run in runs]
+    baselines = next((r.task["baselines"] for r in records if "baselines" in r.task), {})
+    rules = {name: 100 * score for name, score in sorted(baselines.items(), key=lambda b: b[1])}
+    task = records[0].task
+    return TaskTable(task["name"], task["version"], data, rows, rules, records)
 
 
-def _row(records: Sequence[Record]) -> dict[str, Any]:
+def _rank(scored: Sequence[tuple[float | None, Any]]) -> None:
+    """Writes ranks into rows that are sorted by score."""
+    known = [(score, row) for score, row in scored if score is not None]
+    for score, row in known:
+        row.rank = 1 + sum(other > score for other, _ in known)
+
+
+def _row(runs: list[Run]) -> Row:
     """Returns the figures of one setting over its seeds."""
+    records = [run.record for run in runs]
     done = [r for r in records if r.status == "ok" and r.test is not None]
     failed = [r for r in records if r.status != "ok"]
-    first = (done or list(records))[0]
-    options = "".join(f" {key}={value}" for key, value in first.attention["non_default"].items())
-    modified = ", ".join(f"{key}={value[1]}" for key, value in first.modified.items())
     conditions = sorted({_conditions(r) for r in done or records})
-    row: dict[str, Any] = {
-        "kind": "attention",
-        "name": first.attention["name"] + options + (f" ({modified})" if modified else ""),
-        "accuracy": None,
-        "seeds": len(done),
-        "status": ", ".join(sorted({r.status for r in failed})) or "ok",
-        "parameters": first.parameters,
-        "ratio": _ratio(first),
-        "conditions": "; ".join(conditions),
-        "hash": first.hash,
-        "marks": MODIFIED if modified else "",
-    }
-    if row["ratio"] and row["ratio"] > 1.1:
-        row["marks"] += LARGER
-    if first.task.get("validation_is_test"):
-        row["marks"] += LEGACY
+    row = Row(
+        _label((done or records)[0]),
+        runs,
+        "",
+        "; ".join(conditions),
+        seeds=len(done),
+        status=", ".join(sorted({r.status for r in failed})) or "ok",
+    )
+    row.marks = _marks(row, done)
     scores = [r.test for r in done if r.test]
     if not scores:
         return row
-    row |= {
-        "accuracy": 100 * mean(score.accuracy for score in scores),
-        "sd": 100 * stdev(score.accuracy for score in scores) if len(scores) > 1 else None,
-        "n": scores[0].n,
-    }
-    if len(scores) == 1:  # over several seeds their deviation tells more
-        row |= {"low": 100 * scores[0].low, "high": 100 * scores[0].high}
-    if mean(score.low for score in scores) <= first.task["baselines"]["majority class"]:
-        row["marks"] += NOT_LEARNED
+    row.accuracy = 100 * mean(score.accuracy for score in scores)
+    if len(scores) > 1:  # over several seeds their deviation tells more than an interval
+        row.sd = 100 * stdev(score.accuracy for score in scores)
+    else:
+        row.low, row.high = 100 * scores[0].low, 100 * scores[0].high
     if len(conditions) == 1:  # figures of two devices have no mean
         speeds = [r.throughput for r in done if r.throughput]
         memory = [r.peak_memory_bytes for r in done if r.peak_memory_bytes]
-        row |= {
-            "train_seconds": mean(r.train_seconds for r in done),
-            "evaluation_seconds": mean(r.evaluation_seconds for r in done),
-            "steps_per_second": mean(s.steps_per_second for s in speeds) if speeds else None,
-            "tokens_per_second": mean(s.tokens_per_second for s in speeds) if speeds else None,
-            "peak_megabytes": mean(memory) / 1e6 if memory else None,
-        }
+        row.train_seconds = mean(r.train_seconds for r in done)
+        row.evaluation_seconds = mean(r.evaluation_seconds for r in done)
+        row.steps_per_second = mean(s.steps_per_second for s in speeds) if speeds else None
+        row.tokens_per_second = mean(s.tokens_per_second for s in speeds) if speeds else None
+        row.peak_bytes = mean(memory) if memory else None
     return row
+
+
+def _label(r: Record) -> str:
+    options = "".join(f" {key}={value}" for key, value in r.attention["non_default"].items())
+    modified = ", ".join(f"{key}={value[1]}" for key, value in r.modified.items())
+    return r.attention["name"] + options + (f" ({modified})" if modified else "")
+
+
+def _marks(row: Row, done: Sequence[Record]) -> str:
+    r = row.first
+    asked, steps = r.modified.get("train.steps", (0, 0))
+    scores = [one.test for one in done if one.test]
+    bears = {
+        MODIFIED: bool(r.modified),
+        FEWER: steps < asked,
+        LARGER: row.ratio is not None and row.ratio > 1.1,
+        LEGACY: bool(r.task.get("validation_is_test")),
+        NOT_LEARNED: bool(scores)
+        and mean(score.low for score in scores) <= r.task["baselines"]["majority class"],
+    }
+    return "".join(mark for mark, borne in bears.items() if borne)
 
 
 def _conditions(r: Record) -> str:
@@ -182,77 +328,3 @@ def _conditions(r: Record) -> str:
     told = f"{r.device['name']}, {r.device['threads']} threads, {r.precision['name']}"
     shared = r.device.get("runs_at_once", 1)
     return told + (f", {shared} runs at once" if shared > 1 else "")
-
-
-def _ratio(r: Record) -> float | None:
-    if r.parameters is None or not r.parameters_of_softmax:
-        return None
-    return r.parameters / r.parameters_of_softmax
-
-
-def _data_line(records: Sequence[Record], version: int, fingerprint: str) -> str:
-    """Returns one line on the data of a table."""
-    for r in records:
-        if "splits" in r.task:
-            parts = [f"{s['examples']:,} {name}" for name, s in r.task["splits"].items()]
-            longest = max(s["longest"] for s in r.task["splits"].values())
-            return (
-                f"{' / '.join(parts)} examples of up to {longest:,} tokens; version {version}, "
-                f"data {r.task['data_hash']}. Chance {r.task['chance']:.0%}."
-            )
-    return f"Version {version}, settings {fingerprint}."
-
-
-def _markdown_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Returns rows as an aligned Markdown table."""
-    cells = [list(COLUMNS.values()), *(_cells(row) for row in rows)]
-    # A column in which nothing stands is left out, and so are conditions that are all the same.
-    kept = [
-        i
-        for i, key in enumerate(COLUMNS)
-        if len({row[i] for row in cells[1:]} - {DASH}) > (key == "conditions")
-    ]
-    widths = [max(len(row[i]) for row in cells) for i in kept]
-    lines = [
-        "| "
-        + " | ".join(
-            row[i].ljust(w) if i == 0 else row[i].rjust(w)
-            for i, w in zip(kept, widths, strict=True)
-        )
-        + " |"
-        for row in cells
-    ]
-    rule = [("-" * w if i == 0 else "-" * (w - 1) + ":") for i, w in zip(kept, widths, strict=True)]
-    return "\n".join([lines[0], "| " + " | ".join(rule) + " |", *lines[1:]])
-
-
-def _cells(row: dict[str, Any]) -> list[str]:
-    """Returns a row's figures as text, in the order of ``COLUMNS``."""
-    accuracy = DASH
-    if row["accuracy"] is not None:
-        accuracy = f"{row['accuracy']:.2f}"
-        if row.get("sd") is not None:
-            accuracy += f" ± {row['sd']:.2f}"
-    elif "status" in row:
-        accuracy = "✗ " + row["status"]
-    seeds = _format("{}", row.get("seeds"))
-    if row.get("seeds") and row["status"] != "ok":
-        seeds += f" (others: {row['status']})"
-    shown = {
-        "name": f"*{row['name']}*" if row["kind"] == "rule" else row["name"] + row["marks"],
-        "accuracy": accuracy,
-        "interval": _format("{:.1f} to {:.1f}", row.get("low"), row.get("high")),
-        "seeds": seeds,
-        "parameters": _format("{:,}", row.get("parameters")),
-        "ratio": _format("{:.3f}", row.get("ratio")),
-        "train": _format("{:,.0f}", row.get("train_seconds")),
-        "steps": _format("{:.2f}", row.get("steps_per_second")),
-        "tokens": _format("{:,.0f}", row.get("tokens_per_second")),
-        "memory": _format("{:,.1f}", row.get("peak_megabytes")),
-        "conditions": _format("{}", row.get("conditions")),
-    }
-    return [shown[key] for key in COLUMNS]
-
-
-def _format(pattern: str, *values: Any) -> str:
-    return DASH if values[0] is None else pattern.format(*values)
