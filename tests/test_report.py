@@ -578,8 +578,13 @@ def test_the_latex_tables_escape_what_latex_would_read(make):
 
 
 def test_the_latex_compiles(make, tmp_path):
-    if shutil.which("pdflatex") is None:
-        pytest.skip("needs pdflatex")
+    if (
+        shutil.which("pdflatex") is None
+        or subprocess.run(
+            ["kpsewhich", "booktabs.sty"], stdout=subprocess.DEVNULL, check=False
+        ).returncode
+    ):
+        pytest.skip("needs pdflatex and booktabs")
     several = [
         on(task, 100, attention=named(a)) for task in ("listops", "text") for a in ("a_b", "c")
     ]

@@ -74,7 +74,7 @@ class Table:
         columns = "l" * self.left + "r" * (len(self.headers) - self.left)
         lines = [
             r"\begin{table}",
-            r"\centering\small",
+            r"\centering\scriptsize\setlength{\tabcolsep}{3pt}",
             rf"\caption{{{latex(caption)}}}",
             rf"\begin{{tabular}}{{{columns}}}",
             r"\toprule",
@@ -83,7 +83,7 @@ class Table:
             *(" & ".join(map(_latex_cell, row)) + r" \\" for row in self.rows),
             r"\bottomrule",
             r"\end{tabular}",
-            *(rf"\par\footnotesize {latex(note)}" for note in notes),
+            *(rf"\par {latex(note)}" for note in notes),
             r"\end{table}",
         ]
         return "\n".join(lines)
