@@ -27,6 +27,7 @@ TOP_LEVEL = {
     "constraints.txt",
     "LICENSE",
     "CITATION.cff",
+    "CONTRIBUTING.md",
 }
 
 TRAINER = ["lra/train.py", "lra/batches.py", "lra/run.py"]
