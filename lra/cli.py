@@ -13,6 +13,8 @@ EPILOG = """\
 examples:
   lra train task=listops attention=cosformer protocol=nystrom seed=0
   lra train -m task=listops attention=softmax,cosformer seed=0,1,2
+  lra train -m 'task=glob(*)' 'attention=glob(*)' seed=0,1,2 --dry-run
+  lra status
   lra eval runs/quick/listops/softmax/s0-1a2b3c4d
   lra report
   lra data task=listops protocol=quick
@@ -21,10 +23,11 @@ examples:
 """
 
 TRAIN_HELP = """\
-usage: lra train [-m] [KEY=VALUE ...]
+usage: lra train [-m] [--dry-run] [KEY=VALUE ...]
 
 Train one run, or with -m every combination of comma-separated values, each in its own process.
-A finished run is kept, a cut one goes on from its checkpoint; both by the same command.
+A finished run is kept, a cut one goes on from its checkpoint; both by the same command. --dry-run
+starts nothing, and prints each run, how far it is and the time it will take.
 
   task=NAME attention=NAME protocol=NAME   what is trained, and how (lra ls)
   attention.OPTION=VALUE                   an option of the attention
@@ -32,6 +35,9 @@ A finished run is kept, a cut one goes on from its checkpoint; both by the same 
   device=auto precision=auto               auto, cpu, cuda; auto, fp32, bf16
   tracker=wandb wandb.mode=offline         W&B is offline unless wandb.mode=online
   reuse=never                              start over instead of keeping or resuming
+  keep_checkpoint=true                     keep the weights of a finished run, for lra eval
+  sweep=NAME                               with -m: the runs of a paper's table (lra ls)
+  launch=joblib runs_at_once=2             with -m: several runs at once, threads divided
   model.KEY=VALUE train.KEY=VALUE          depart from the protocol; the run is marked as modified
 
 conf/config.yaml and conf/protocol/ have every key and its meaning.
@@ -81,11 +87,17 @@ def _train(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(flags):
         print(TRAIN_HELP, end="")
         return 0
-    if unknown := set(flags) - {"-m", "--multirun"}:
+    if unknown := set(flags) - {"-m", "--multirun", "--dry-run"}:
         raise ValueError(
-            f"lra train has no option {' '.join(sorted(unknown))}: it takes -m and key=value."
+            f"lra train has no option {' '.join(sorted(unknown))}: it takes -m, --dry-run and "
+            f"key=value."
         )
-    if flags:
+    multirun = bool({"-m", "--multirun"} & set(flags))
+    if "--dry-run" in flags:
+        from lra.plan import dry_run
+
+        return dry_run(overrides, multirun)
+    if multirun:
         from lra.sweep import sweep
 
         return sweep(overrides)
@@ -105,6 +117,13 @@ def _other(arguments: list[str]) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("train", help="train one run, or a sweep with -m", add_help=False)
+    command = commands.add_parser("status", help="say how far runs are, at any time")
+    command.add_argument(
+        "what",
+        nargs="*",
+        metavar="FOLDER | KEY=VALUE",
+        help="folder of runs (default: runs), or the overrides of lra train -m",
+    )
     command = commands.add_parser("eval", help="score a run's checkpoint on the test set again")
     command.add_argument("folder", type=Path, metavar="RUN_FOLDER")
     command = commands.add_parser("report", help="write the tables of all runs to results/")
@@ -129,6 +148,8 @@ def _other(arguments: list[str]) -> int:
         return int(end.code or 0)
     if given.command == "eval":
         return _evaluate(given.folder)
+    if given.command == "status":
+        return _status(given.what)
     if given.command == "report":
         from lra.report import write
 
@@ -161,6 +182,22 @@ def _check(overrides: list[str]) -> int:
         print(f"{len(results)} checks, {count} failed\n", flush=True)
         failed += count
     return int(failed > 0)
+
+
+def _status(what: list[str]) -> int:
+    overrides = [word for word in what if "=" in word]
+    folders = [Path(word) for word in what if word not in overrides]
+    if len(folders) + bool(overrides) > 1:
+        raise ValueError("lra status takes one folder of runs, or overrides as lra train -m does.")
+    if overrides:
+        from lra.plan import planned_status
+
+        print(planned_status(overrides))
+    else:
+        from lra.status import status
+
+        print(status(*folders or [Path("runs")]))
+    return 0
 
 
 def _evaluate(folder: Path) -> int:

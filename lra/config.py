@@ -166,7 +166,8 @@ class RunConfig:
     runs_dir: str
     plugins: list[str]
     checkpoint_seconds: float
-    runs_at_once: int
+    runs_at_once: int = 1
+    keep_checkpoint: bool = False
     modified: dict[str, Any] = field(default_factory=dict)
     non_default: dict[str, Any] = field(default_factory=dict)
 

@@ -28,6 +28,8 @@ from lra.typed import from_mapping
 
 LOG = logging.getLogger("lra")
 
+ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 
 def run(config: RunConfig) -> Record:
     """Trains and tests as ``config`` says, and leaves everything in the run's folder.
@@ -126,6 +128,8 @@ def _run_recorded(config: RunConfig, current: Record, folder: Path, data_hash: s
     clock = measure.Clock(device)
     with _StopSignals() as stop:
         try:
+            # A sweep starts its runs with these blocked; what came meanwhile is told now.
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDS)
             prepared = config.build_task().prepare()
             _check_data(prepared.manifest, folder, data_hash)
             current.task |= {
@@ -152,6 +156,9 @@ def _run_recorded(config: RunConfig, current: Record, folder: Path, data_hash: s
             except Exception as error:  # the device may be what failed
                 LOG.warning("The last measures of this run are missing: %s", error)
         current.save(folder)
+        (folder / record.PROGRESS).unlink(missing_ok=True)
+        if current.status == "ok" and not config.keep_checkpoint:
+            (folder / checkpoint.FILE).unlink(missing_ok=True)
         if trainer is not None:
             trainer.close()
 
@@ -218,10 +225,16 @@ def evaluate_again(folder: Path) -> tuple[Record, Score]:
         ValueError: If the folder has no record, or no checkpoint that has been evaluated.
     """
     finished = record.load(folder)
-    saved = checkpoint.load(folder, finished.hash) if finished else None
-    if finished is None or saved is None or saved["state"].best is None:
-        missing = "record.json" if finished is None else "checkpoint with an evaluation"
-        raise ValueError(f"{folder} has no {missing}: give the folder of a run that was trained.")
+    if finished is None:
+        raise ValueError(f"{folder} has no record.json: give the folder of a run.")
+    saved = checkpoint.load(folder, finished.hash)
+    if saved is None and finished.status == "ok":
+        raise ValueError(
+            f"{folder} has no checkpoint: that of a finished run is removed, unless it is to be "
+            f"kept. Train again: {finished.command} keep_checkpoint=true reuse=never"
+        )
+    if saved is None or saved["state"].best is None:
+        raise ValueError(f"{folder} has no checkpoint with an evaluation: {finished.status}.")
     config = from_mapping(RunConfig, finished.config, "")
     import_plugins(config.plugins)
     device = measure.resolve_device(config.device)
@@ -259,7 +272,7 @@ class _StopSignals:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "_StopSignals":
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in ENDS:
             self._previous[number] = signal.signal(number, self._note)
         return self
 

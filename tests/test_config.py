@@ -578,6 +578,7 @@ def test_no_setting_outside_task_attention_protocol_model_and_train_is_part_of_t
             "runs_dir=my_runs",
             "checkpoint_seconds=5",
             "runs_at_once=2",
+            "keep_checkpoint=true",
         ]
     )
     assert identity(config) == identity(smoke())
