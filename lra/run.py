@@ -28,8 +28,6 @@ from lra.typed import from_mapping
 
 LOG = logging.getLogger("lra")
 
-ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
 
 def run(config: RunConfig) -> Record:
     """Trains and tests as ``config`` says, and leaves everything in the run's folder.
@@ -128,8 +126,6 @@ def _run_recorded(config: RunConfig, current: Record, folder: Path, data_hash: s
     clock = measure.Clock(device)
     with _StopSignals() as stop:
         try:
-            # A sweep starts its runs with these blocked; what came meanwhile is told now.
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDS)
             prepared = config.build_task().prepare()
             _check_data(prepared.manifest, folder, data_hash)
             current.task |= {
@@ -272,7 +268,7 @@ class _StopSignals:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "_StopSignals":
-        for number in ENDS:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             self._previous[number] = signal.signal(number, self._note)
         return self
 

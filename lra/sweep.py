@@ -1,14 +1,12 @@
 """Sweeps: Hydra's launchers, each run in a process of its own, and a table of how they ended."""
 
 import contextlib
-import itertools
 import logging
 import os
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -86,8 +84,12 @@ def _launch(overrides: Sequence[str], jobs: Sequence[list[str]]) -> bool:
                 config=config,
             )
             with _noting_signals(told):
-                for ended in launcher.launch(jobs, initial_job_idx=0):
-                    _ = ended.return_value  # raises what a job of ours has raised
+                try:
+                    for ended in launcher.launch(jobs, initial_job_idx=0):
+                        _ = ended.return_value  # raises what a job of ours has raised
+                except Exception:
+                    if not _stops(told):
+                        raise
             return _stops(told) > 0
 
 
@@ -98,6 +100,9 @@ def _run(_: Any, signals: Path, starter: int) -> None:
         signals: Where `_noting_signals` notes them.
         starter: The process of the sweep; another one runs this beside others like it.
     """
+    if os.getpid() != starter:
+        for number in ENDS:  # of the terminal; the sweep notes them
+            signal.signal(number, lambda *_: None)
     if _stops(signals):
         return
     overrides = list(HydraConfig.get().overrides.task)
@@ -121,38 +126,21 @@ def _run(_: Any, signals: Path, starter: int) -> None:
         asked = stops
         time.sleep(LOOK_SECONDS)
     # 0, 1 and 130 are told in the record; 2 is a refusal, of a run that is not ours to judge.
-    if code not in (0, 1, 2, 130) and asked < 2:
+    if code not in (0, 1, 2, 130) and not asked:
         _record_crash(overrides, code)
 
 
 @contextlib.contextmanager
 def _noting_signals(folder: Path) -> Iterator[None]:
-    """Notes signals as files in ``folder``, where the processes of all launchers see them.
+    """Notes signals as files in ``folder``, where the processes of all launchers see them."""
 
-    Signals are blocked meanwhile, here and in what is started from here, so that none of them ends
-    a process of the launcher that has a run to wait for. Runs unblock them for themselves.
-    """
-    # A shell starts background jobs with SIGINT ignored, and what is ignored may never be seen.
-    previous = {number: signal.signal(number, signal.default_int_handler) for number in ENDS}
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ENDS)
-    over = threading.Event()
+    def note(*_: object) -> None:
+        (folder / str(_stops(folder))).touch()
 
-    def note() -> None:
-        for count in itertools.count():
-            signal.sigwait(ENDS)
-            if over.is_set():
-                return
-            (folder / str(count)).touch()
-
-    thread = threading.Thread(target=note)
-    thread.start()
+    previous = {number: signal.signal(number, note) for number in ENDS}
     try:
         yield
     finally:
-        over.set()
-        signal.pthread_kill(thread.ident, signal.SIGHUP)  # for it to see that
-        thread.join()
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for number, handler in previous.items():
             signal.signal(number, handler)
 

@@ -38,6 +38,18 @@ def wait_for_lines(path, count, process, seconds=60):
     raise AssertionError(f"{path} never had {count} lines")
 
 
+def children(pid):
+    """Returns the processes that a process has started, with their command lines."""
+    listed = subprocess.run(
+        ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(pid)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    lines = (line.strip().partition(" ") for line in listed.stdout.splitlines())
+    return {int(child): command for child, _, command in lines}
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, cache):
     """The folder of a run that nothing cut."""
@@ -120,10 +132,8 @@ def test_a_run_killed_in_a_sweep_is_recorded_and_the_next_one_runs(tmp_path, cac
     sweep = start(["-m", *overrides, "seed=0,1", "attention=softmax"], environment, tmp_path)
     first = folder_of([*overrides, "seed=0", "attention=softmax"])
     wait_for_lines(first / "metrics.jsonl", 1, sweep)
-    children = subprocess.run(
-        ["ps", "-o", "pid=", "--ppid", str(sweep.pid)], capture_output=True, text=True, check=True
-    )
-    os.kill(int(children.stdout.split()[0]), signal.SIGKILL)
+    [child] = children(sweep.pid)
+    os.kill(child, signal.SIGKILL)
     output, _ = sweep.communicate(timeout=60)
     assert sweep.returncode == 1, output
     killed = record.load(first)
@@ -172,11 +182,11 @@ def test_a_run_of_joblib_that_is_killed_is_recorded_and_ctrl_c_saves_the_others(
     folders = [folder_of([*overrides, f"seed={seed}"]) for seed in range(4)]
     for folder in folders[:2]:
         wait_for_lines(folder / "metrics.jsonl", 1, sweep)
-    runs = subprocess.run(
-        ["pgrep", "-f", "lra train .*seed=0"], capture_output=True, text=True, check=True
-    )
-    [killed] = [pid for pid in map(int, runs.stdout.split()) if pid != sweep.pid]
-    os.kill(killed, signal.SIGKILL)
+    runs = {}
+    for worker in children(sweep.pid):
+        runs |= children(worker)
+    [first] = [run for run, command in runs.items() if command.endswith("seed=0")]
+    os.kill(first, signal.SIGKILL)
     wait_for_lines(folders[2] / "metrics.jsonl", 1, sweep)  # its place is taken
     assert record.load(folders[0]).status == "failed"
     # A Ctrl-C reaches all processes of the terminal but the runs, which have their own session.
@@ -194,10 +204,8 @@ def test_a_second_ctrl_c_ends_a_run_that_does_not_end(tmp_path, cache, environme
     sweep = start(["-m", *overrides, "seed=0,1"], environment, tmp_path)
     folder = folder_of([*overrides, "seed=0"])
     wait_for_lines(folder / "metrics.jsonl", 2, sweep)
-    children = subprocess.run(
-        ["ps", "-o", "pid=", "--ppid", str(sweep.pid)], capture_output=True, text=True, check=True
-    )
-    os.kill(int(children.stdout.split()[0]), signal.SIGSTOP)
+    [child] = children(sweep.pid)
+    os.kill(child, signal.SIGSTOP)
     for _ in range(2):
         sweep.send_signal(signal.SIGINT)
         time.sleep(0.1)  # two at once are one
