@@ -36,6 +36,7 @@ starts nothing, and prints each run, how far it is and the time it will take.
   tracker=wandb wandb.mode=offline         W&B is offline unless wandb.mode=online
   reuse=never                              start over instead of keeping or resuming
   keep_checkpoint=true                     keep the weights of a finished run, for lra eval
+  tune=lr                                  first choose the learning rate by validation, with seed 0
   sweep=NAME                               with -m: the runs of a paper's table (lra ls)
   launch=joblib runs_at_once=2             with -m: several runs at once, threads divided
   model.KEY=VALUE train.KEY=VALUE          depart from the protocol; the run is marked as modified
@@ -102,9 +103,9 @@ def _train(arguments: list[str]) -> int:
 
         return sweep(overrides)
     from lra.compose import load
-    from lra.run import run
+    from lra.tune import train
 
-    record = run(load(overrides))
+    record = train(load(overrides))
     return {"ok": 0, "interrupted": 130}.get(record.status, 1)
 
 

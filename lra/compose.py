@@ -385,6 +385,8 @@ def _check_fit(config: RunConfig) -> None:
             "the validation split is the test split, so train.tested=best would choose by test "
             "scores: add train.tested=last": config.train.tested == "last"
             or not task.validation_is_test,
+            "the validation split is the test split, so tune=lr would choose by test scores: leave "
+            "it out": config.tune == "none" or not task.validation_is_test,
             f"attention={name} with these options takes no masks, but model.zero_is_padding=true "
             "masks black pixels": able.key_mask != "none" or not config.model.zero_is_padding,
             f"attention={name} with these options cannot take model.positions=rotary: its "

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 
-class Busy(Exception):
+class Busy(ValueError):
     """Another process holds the lock."""
 
 

@@ -12,6 +12,7 @@ from lra.files import canonical_json
 from lra.record import Record
 from lra.run import check_finished, new_record, run_folder
 from lra.status import State, duration, state_of, summary, table
+from lra.tune import earlier_choice, trials
 
 LOG = logging.getLogger("lra")
 
@@ -62,6 +63,24 @@ def plan(overrides: Sequence[str]) -> list[Planned]:
     return list(runs.values())
 
 
+def with_trials(runs: Sequence[Planned]) -> list[Planned]:
+    """Returns the runs, each tuned one preceded by the trials that its choice still waits for."""
+    listed: dict[Path, Planned] = {}
+    for run in runs:
+        if (
+            run.config.tune != "none"
+            and run.state.status not in ("ok", "data missing")
+            and earlier_choice(run.config) is None
+        ):
+            for trial in trials(run.config):
+                folder = run_folder(trial)
+                state = _state(trial, folder)
+                state.steps, state.trial = trial.train.steps, True
+                listed.setdefault(folder, Planned([], trial, state))
+        listed[run.folder] = run
+    return list(listed.values())
+
+
 def tell_missing(runs: Sequence[Planned]) -> None:
     """Names each task that has no data once, with what to type to get it."""
     left_out: dict[str, list[Planned]] = {}
@@ -81,7 +100,7 @@ def planned_status(overrides: Sequence[str]) -> str:
     Raises:
         ValueError: For a mistake in any of them.
     """
-    runs = plan(overrides)
+    runs = with_trials(plan(overrides))
     tell_missing(runs)
     states = [run.state for run in runs]
     return f"{table(states)}\n{summary(states)}"
@@ -103,6 +122,7 @@ def dry_run(overrides: Sequence[str], multirun: bool) -> int:
     runs = plan(overrides)
     if len(runs) > 1 and not multirun:
         raise ValueError(f"These overrides make {len(runs)} runs: use lra train -m.")
+    runs = with_trials(runs)
     tell_missing(runs)
     speeds = {
         folder: _speeds(folder)
@@ -111,7 +131,7 @@ def dry_run(overrides: Sequence[str], multirun: bool) -> int:
     total, unknown = 0.0, 0
     for run in runs:
         state = run.state
-        if state.status in ("ok", "data missing"):
+        if state.status in ("ok", "data missing") or (state.trial and state.status == "diverged"):
             continue
         measured = speeds[Path(run.config.runs_dir).expanduser()].get(_cost(new_record(run.config)))
         if state.seconds_left is None and measured is not None:

@@ -92,7 +92,11 @@ class Trainer:
         self.state = saved["state"] if saved else State()
         self.clock = clock
         self.clock.carry(self.state.seconds)
-        self.data = {name: Batches(split, device) for name, split in prepared.splits.items()}
+        self.data = {
+            name: Batches(split, device)
+            for name, split in prepared.splits.items()
+            if name != "test" or config.trial_of is None
+        }
         self.pieces = resolve_micro_batches(
             config.micro_batches, config.train.batch_size, self.data["train"].widths, device
         )
@@ -251,15 +255,21 @@ class Trainer:
         return result
 
     def test(self) -> None:
-        """Scores the weights that the protocol tests on the test set; writes the predictions."""
+        """Scores the weights that the protocol tests on the test set; writes the predictions.
+
+        A trial of a tuning ends with their validation score.
+        """
         validation, weights = tested(self.config.train, self.state)
+        self.record.validation = validation
+        if self.config.trial_of is not None:
+            return
         model = self.model
         if weights is not None:
             # A copy: a signal may yet ask for a checkpoint, which is of the last step.
             model = copy.deepcopy(model)
             model.load_state_dict(weights)
         score, predictions = self._evaluate(model, "test", validation.step)
-        self.record.validation, self.record.test = validation, score
+        self.record.test = score
         save_predictions(self.folder, predictions, self.data["test"].labels.cpu().numpy())
 
     # --- what is kept ---------------------------------------------------------------------------
