@@ -13,6 +13,8 @@ EPILOG = """\
 examples:
   lra train task=listops attention=cosformer protocol=nystrom seed=0
   lra train -m task=listops attention=softmax,cosformer seed=0,1,2
+  lra train -m 'task=glob(*)' 'attention=glob(*)' seed=0,1,2 --dry-run
+  lra status
   lra eval runs/quick/listops/softmax/s0-1a2b3c4d
   lra report
   lra compare softmax cosformer --protocol quick
@@ -22,10 +24,11 @@ examples:
 """
 
 TRAIN_HELP = """\
-usage: lra train [-m] [KEY=VALUE ...]
+usage: lra train [-m] [--dry-run] [KEY=VALUE ...]
 
 Train one run, or with -m every combination of comma-separated values, each in its own process.
-A finished run is kept, a cut one goes on from its checkpoint; both by the same command.
+A finished run is kept, a cut one goes on from its checkpoint; both by the same command. --dry-run
+starts nothing, and prints each run, how far it is and the time it will take.
 
   task=NAME attention=NAME protocol=NAME   what is trained, and how (lra ls)
   attention.OPTION=VALUE                   an option of the attention
@@ -33,6 +36,10 @@ A finished run is kept, a cut one goes on from its checkpoint; both by the same 
   device=auto precision=auto               auto, cpu, cuda; auto, fp32, bf16
   tracker=wandb wandb.mode=offline         W&B is offline unless wandb.mode=online
   reuse=never                              start over instead of keeping or resuming
+  keep_checkpoint=true                     keep the weights of a finished run, for lra eval
+  tune=lr                                  first choose the learning rate by validation, with seed 0
+  sweep=NAME                               with -m: the runs of a paper's table (lra ls)
+  launch=joblib runs_at_once=2             with -m: several runs at once, threads divided
   model.KEY=VALUE train.KEY=VALUE          depart from the protocol; the run is marked as modified
 
 conf/config.yaml and conf/protocol/ have every key and its meaning.
@@ -82,18 +89,24 @@ def _train(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(flags):
         print(TRAIN_HELP, end="")
         return 0
-    if unknown := set(flags) - {"-m", "--multirun"}:
+    if unknown := set(flags) - {"-m", "--multirun", "--dry-run"}:
         raise ValueError(
-            f"lra train has no option {' '.join(sorted(unknown))}: it takes -m and key=value."
+            f"lra train has no option {' '.join(sorted(unknown))}: it takes -m, --dry-run and "
+            f"key=value."
         )
-    if flags:
+    multirun = bool({"-m", "--multirun"} & set(flags))
+    if "--dry-run" in flags:
+        from lra.plan import dry_run
+
+        return dry_run(overrides, multirun)
+    if multirun:
         from lra.sweep import sweep
 
         return sweep(overrides)
     from lra.compose import load
-    from lra.run import run
+    from lra.tune import train
 
-    record = run(load(overrides))
+    record = train(load(overrides))
     return {"ok": 0, "interrupted": 130}.get(record.status, 1)
 
 
@@ -106,6 +119,13 @@ def _other(arguments: list[str]) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("train", help="train one run, or a sweep with -m", add_help=False)
+    command = commands.add_parser("status", help="say how far runs are, at any time")
+    command.add_argument(
+        "what",
+        nargs="*",
+        metavar="FOLDER | KEY=VALUE",
+        help="folder of runs (default: runs), or the overrides of lra train -m",
+    )
     command = commands.add_parser("eval", help="score a run's checkpoint on the test set again")
     command.add_argument("folder", type=Path, metavar="RUN_FOLDER")
     command = commands.add_parser("report", help="write the tables of all runs to results/")
@@ -113,6 +133,10 @@ def _other(arguments: list[str]) -> int:
         "--runs", type=Path, nargs="+", default=[Path("runs")], help="folders of runs"
     )
     command.add_argument("--out", type=Path, default=Path("results"), help="folder to write to")
+    command.add_argument(
+        "--wandb", choices=["offline", "online"], help="log the tables to W&B, as an artefact"
+    )
+    command.add_argument("--project", default="lra", help="of W&B")
     command = commands.add_parser(
         "compare", help="compare two rows of the leaderboard on the same test examples"
     )
@@ -143,10 +167,10 @@ def _other(arguments: list[str]) -> int:
         return int(end.code or 0)
     if given.command == "eval":
         return _evaluate(given.folder)
+    if given.command == "status":
+        return _status(given.what)
     if given.command == "report":
-        from lra.report import write
-
-        return write(given.runs, given.out)
+        return _report(given)
     if given.command == "compare":
         from lra.report.compare import compare
 
@@ -179,6 +203,35 @@ def _check(overrides: list[str]) -> int:
         print(f"{len(results)} checks, {count} failed\n", flush=True)
         failed += count
     return int(failed > 0)
+
+
+def _status(what: list[str]) -> int:
+    overrides = [word for word in what if "=" in word]
+    folders = [Path(word) for word in what if word not in overrides]
+    if len(folders) + bool(overrides) > 1:
+        raise ValueError("lra status takes one folder of runs, or overrides as lra train -m does.")
+    if overrides:
+        from lra.plan import planned_status
+
+        print(planned_status(overrides))
+    else:
+        from lra.status import status
+
+        print(status(*folders or [Path("runs")]))
+    return 0
+
+
+def _report(given: argparse.Namespace) -> int:
+    from lra.report import write
+
+    tables = write(given.runs, given.out)
+    if given.wandb:
+        from lra.config import WandbConfig
+        from lra.track import log_leaderboards
+
+        settings = WandbConfig(given.wandb, given.project, None)
+        log_leaderboards(tables, settings, given.out)
+    return 0
 
 
 def _evaluate(folder: Path) -> int:

@@ -3,10 +3,12 @@
 Names, keys, types and values of all runs of a call are checked before anything starts.
 """
 
+import copy
 import importlib
 import itertools
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +23,7 @@ from models.attention import ATTENTIONS, build_attention, capabilities
 
 LOG = logging.getLogger("lra")
 
-GROUPS = ("task", "attention", "protocol")
+GROUPS = ("task", "attention", "protocol", "launch")
 PROTOCOL_SECTIONS = ("task", "model", "train")
 """Sections that a protocol fixes: an override of any key in them marks a run as modified."""
 
@@ -48,22 +50,36 @@ def load(overrides: Iterable[str]) -> RunConfig:
 
 
 def load_sweep(overrides: Iterable[str]) -> list[RunConfig]:
-    """Composes and checks the configurations of a sweep, in the order Hydra runs them.
+    """Composes and checks the configurations of a sweep, in the order in which they are run.
+
+    Raises:
+        ValueError: One message with every problem of any run.
+    """
+    return [config for _, config in load_jobs(overrides)]
+
+
+def load_jobs(overrides: Iterable[str]) -> list[tuple[list[str], RunConfig]]:
+    """Composes and checks each run of a sweep: its own overrides, and its configuration.
 
     Raises:
         ValueError: One message with every problem of any run.
     """
     overrides = list(overrides)
-    configs, problems = [], []
+    jobs, problems = [], []
     with _composer(overrides) as composer:
         for job in composer.jobs(overrides):
             try:
-                configs.append(composer.config(job))
+                jobs.append((job, composer.config(job)))
             except ValueError as error:
                 problems += str(error).splitlines()
     if problems:
         raise ValueError("\n".join(dict.fromkeys(problems)))
-    return configs
+    return jobs
+
+
+def sweep_files() -> dict[str, Path]:
+    """Returns the files of ready-made sweeps by their names."""
+    return {path.stem: path for path in sorted((conf_dir() / "sweep").glob("*.yaml"))}
 
 
 def load_attentions(overrides: Iterable[str]) -> list[tuple[str, dict[str, Any]]]:
@@ -116,6 +132,7 @@ class _Composer:
 
         self.loader = GlobalHydra.instance().config_loader()
         self.parser = OverridesParser.create(config_loader=self.loader)
+        self._composed: dict[tuple[str, ...], dict[str, Any]] = {}
 
     def parse(self, overrides: Iterable[str]) -> list[Any]:
         from hydra.errors import HydraException
@@ -130,7 +147,12 @@ class _Composer:
             ) from None
 
     def jobs(self, overrides: list[str]) -> list[list[str]]:
-        """Returns the overrides of each run of a sweep."""
+        """Returns the overrides of each run of a sweep, each run once."""
+        jobs = [job for line in _lines(overrides) for job in self._product(line)]
+        return list(map(list, dict.fromkeys(map(tuple, jobs))))
+
+    def _product(self, overrides: list[str]) -> list[list[str]]:
+        """Returns every combination of the values given."""
         from hydra.errors import HydraException
 
         # Of a key given twice, the last counts, as in Hydra.
@@ -213,6 +235,12 @@ class _Composer:
 
     def compose(self, overrides: list[str]) -> dict[str, Any]:
         """Returns the composed configuration as plain containers."""
+        key = tuple(overrides)
+        if key not in self._composed:  # the runs of a sweep have much in common
+            self._composed[key] = self._compose(overrides)
+        return copy.deepcopy(self._composed[key])
+
+    def _compose(self, overrides: list[str]) -> dict[str, Any]:
         from hydra import compose
         from hydra.errors import HydraException, MissingConfigException
         from omegaconf import OmegaConf
@@ -223,6 +251,11 @@ class _Composer:
             return OmegaConf.to_container(config, resolve=True)
         except MissingConfigException as error:
             folder, _, task = str(error.missing_cfg_file).rpartition("/")
+            if folder == "hydra/launcher":
+                raise ValueError(
+                    f"launch={task} needs a package that is not installed: run "
+                    f"pip install hydra-{task}-launcher."
+                ) from None
             if not folder.startswith("protocol/"):
                 raise ValueError(str(error).strip()) from None
             known = ", ".join(self.loader.get_group_options(folder)) or "none"
@@ -231,6 +264,24 @@ class _Composer:
             ) from None
         except (HydraException, OmegaConfBaseException) as error:
             raise ValueError(str(error).strip()) from None
+
+
+def _lines(overrides: list[str]) -> list[list[str]]:
+    """Returns the overrides of each line of the sweeps that ``sweep=NAME`` names.
+
+    What else is given is added to every line, after it, and so wins.
+    """
+    named = [o for o in overrides if o.startswith("sweep=")]
+    if not named:
+        return [overrides]
+    from omegaconf import OmegaConf
+
+    files, others = sweep_files(), [o for o in overrides if o not in named]
+    names = [name for o in named for name in o.removeprefix("sweep=").split(",")]
+    if wrong := [unknown("sweep", name, files) for name in names if name not in files]:
+        raise ValueError("\n".join(wrong))
+    lines = [line for name in names for line in OmegaConf.load(files[name])]
+    return [[*shlex.split(line), *others] for line in lines]
 
 
 @contextmanager
@@ -334,6 +385,8 @@ def _check_fit(config: RunConfig) -> None:
             "the validation split is the test split, so train.tested=best would choose by test "
             "scores: add train.tested=last": config.train.tested == "last"
             or not task.validation_is_test,
+            "the validation split is the test split, so tune=lr would choose by test scores: leave "
+            "it out": config.tune == "none" or not task.validation_is_test,
             f"attention={name} with these options takes no masks, but model.zero_is_padding=true "
             "masks black pixels": able.key_mask != "none" or not config.model.zero_is_padding,
             f"attention={name} with these options cannot take model.positions=rotary: its "

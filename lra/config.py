@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from lra.tasks.base import Task
 
 
+TUNING_FACTORS = (1 / 3, 1.0, 3.0)
+"""The grid of tune=lr, as factors of the learning rate."""
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The model around the attention; attributes as in `models.encoder` and `models.classifier`."""
@@ -144,8 +148,10 @@ class RunConfig:
         model: The model around the attention.
         train: Optimisation.
         seed: Seed of initial weights, order of examples, dropout and random features.
+        tune: ``lr``: the learning rate is the best of ``grid`` by validation; see `lra.tune`.
         modified: What the run overrides of its protocol: key to (the protocol's value, the run's).
         non_default: Options of the attention that are not those it has by default for the task.
+        trial_of: Of a trial of a tuning, the hash of the tuned setting.
     """
 
     task: dict[str, Any]
@@ -166,9 +172,12 @@ class RunConfig:
     runs_dir: str
     plugins: list[str]
     checkpoint_seconds: float
-    runs_at_once: int
+    runs_at_once: int = 1
+    keep_checkpoint: bool = False
+    tune: Literal["none", "lr"] = "none"
     modified: dict[str, Any] = field(default_factory=dict)
     non_default: dict[str, Any] = field(default_factory=dict)
+    trial_of: str | None = None
 
     def __post_init__(self) -> None:
         require(
@@ -196,6 +205,11 @@ class RunConfig:
         """The attention's options without its name."""
         return options_of(self.attention)
 
+    @property
+    def grid(self) -> list[float]:
+        """The learning rates of the trials of ``tune=lr``, ascending."""
+        return [float(f"{self.train.lr * factor:.6g}") for factor in TUNING_FACTORS]
+
     def identity(self, precision: str, device_kind: str) -> dict[str, Any]:
         """Returns all that changes a run's result, apart from its seed.
 
@@ -203,7 +217,7 @@ class RunConfig:
             precision: The resolved precision, ``fp32`` or ``bf16``.
             device_kind: ``cpu`` or ``cuda``.
         """
-        return {
+        identity = {
             "task": self.build_task().fingerprint,
             "protocol": self.protocol.name,
             "attention": self.attention,
@@ -212,6 +226,11 @@ class RunConfig:
             "precision": precision,
             "device": device_kind,
         }
+        if self.tune != "none":
+            identity["tuning"] = {"name": self.tune, "grid": self.grid}
+        if self.trial_of is not None:
+            identity["trial"] = True  # of whichever setting: all that try this value share it
+        return identity
 
     def folder(self, precision: str, device_kind: str) -> Path:
         """Returns the run's folder, which is its key in the store of runs."""

@@ -6,12 +6,13 @@ import fcntl
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 
-class Busy(Exception):
+class Busy(ValueError):
     """Another process holds the lock."""
 
 
@@ -48,13 +49,31 @@ def locked(path: Path, wait: bool) -> Iterator[None]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                raise Busy(f"{path} is locked by another process.") from None
-            raise
+        # `is_locked` of another process holds a lock for a moment; it is not to keep us out.
+        for again in (True, True, True, False):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                break
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.EACCES):
+                    raise
+                if not again:
+                    raise Busy(f"{path} is locked by another process.") from None
+                time.sleep(0.02)
         yield
+
+
+def is_locked(path: Path) -> bool:
+    """Tells whether a process holds the lock on ``path``; writes nothing.
+
+    A process on another machine may hold it all the same, where a shared folder keeps no locks.
+    """
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.EAGAIN, errno.EACCES) and path.exists()
+    return False
 
 
 def canonical_json(value: Any) -> str:

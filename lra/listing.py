@@ -10,7 +10,7 @@ from dataclasses import fields
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from lra.compose import conf_dir, import_plugins, load, named_plugins
+from lra.compose import conf_dir, import_plugins, load, named_plugins, sweep_files
 from lra.tasks import TASKS
 from lra.text import aligned
 from lra.typed import unknown
@@ -72,10 +72,15 @@ def _names() -> str:
         path.stem: path.read_text().split("\n")[1].lstrip("# ")
         for path in sorted((conf_dir() / "protocol").glob("*.yaml"))
     }
+    sweeps = {
+        name: path.read_text().partition("\n")[0].lstrip("# ")
+        for name, path in sweep_files().items()
+    }
     groups = {
         "task": TASKS.summaries(),
         "attention": ATTENTIONS.summaries(),
         "protocol": protocols,
+        "sweep": sweeps,
     }
     width = max(len(name) for group in groups.values() for name in group)
     lines = []

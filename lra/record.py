@@ -12,7 +12,11 @@ import numpy as np
 from lra.files import short_hash, write_atomically, write_text
 from lra.typed import from_mapping
 
-SCHEMA = 1
+SCHEMA = 2
+"""2 adds tuning and trial_of to 1."""
+
+PROGRESS = "progress.json"
+"""Written by a run every few seconds while it trains, and removed at its end."""
 
 Status = Literal["running", "ok", "oom", "diverged", "timeout", "interrupted", "failed"]
 
@@ -95,6 +99,11 @@ class Record:
         device: Kind (cpu, cuda), name, threads, and how many runs shared it.
         versions: Python and package versions.
         commit: Git commit of the code, with ``dirty`` if it was modified; unknown outside git.
+        tuning: Of a tuned run, the name of the tuning, its grid, the trials (of each its value,
+            status, reason, validation accuracy, steps and seconds), and the chosen value, None
+            where no trial was good for it. None of a run that is not tuned.
+        trial_of: Of a trial, which is never tested, the hash of the tuned setting that asked for
+            it first. None of all other runs.
         schema: Version of this record's format.
     """
 
@@ -126,6 +135,8 @@ class Record:
     peak_memory_bytes: int | None = None
     memory_kind: str = ""
     micro_batches: int | None = None
+    tuning: dict[str, Any] | None = None
+    trial_of: str | None = None
     schema: int = field(default=SCHEMA)
 
     def identity_hash(self) -> str:
@@ -141,6 +152,10 @@ class Record:
             "precision": self.precision["name"],
             "device": self.device["kind"],
         }
+        if self.tuning is not None:
+            told["tuning"] = {key: self.tuning[key] for key in ("name", "grid")}
+        if self.trial_of is not None:
+            told["trial"] = True
         return short_hash(told)
 
     def save(self, folder: Path) -> None:
@@ -171,6 +186,32 @@ def load(folder: Path) -> Record | None:
         raise ValueError(
             f"{path} is no record: {error}. Delete it or pass reuse=never to start the run over."
         ) from None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is that is under way.
+
+    Attributes:
+        step: Optimiser steps done.
+        seconds: Time in them and in evaluations, all sessions together.
+    """
+
+    step: int
+    seconds: float
+
+
+def save_progress(folder: Path, progress: Progress) -> None:
+    """Writes ``progress.json`` into ``folder``, atomically."""
+    write_text(folder / PROGRESS, json.dumps(dataclasses.asdict(progress)) + "\n")
+
+
+def load_progress(folder: Path) -> Progress | None:
+    """Reads a folder's ``progress.json``; None if there is none, or it cannot be read."""
+    try:
+        return from_mapping(Progress, json.loads((folder / PROGRESS).read_text()), "")
+    except (ValueError, OSError, TypeError):
+        return None
 
 
 def save_predictions(folder: Path, predictions: np.ndarray, labels: np.ndarray) -> None:

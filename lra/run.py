@@ -10,7 +10,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,26 +29,32 @@ from lra.typed import from_mapping
 LOG = logging.getLogger("lra")
 
 
-def run(config: RunConfig) -> Record:
+def run(config: RunConfig, tuning: dict[str, Any] | None = None, wait: bool = False) -> Record:
     """Trains and tests as ``config`` says, and leaves everything in the run's folder.
 
     A finished run is returned, unless the data prepared now is not that of the run; one with a
-    checkpoint goes on from it.
+    checkpoint goes on from it. A trial of a tuning is trained and validated, but not tested.
+
+    Args:
+        config: The run.
+        tuning: Of a tuned run, what is to be recorded of it (`lra.record.Record.tuning`): it is run
+            with the value chosen there; if there is none, it ends as the trials did.
+        wait: Whether to wait for another process that has the run.
 
     Returns:
         The record; its status tells how the run ended.
 
     Raises:
-        ValueError: If the device is not there, another process has the run, its record is damaged,
-            or it was finished on other data.
+        ValueError: If the device is not there, another process has the run (Busy), its record is
+            damaged, or it was finished on other data.
     """
     folder = run_folder(config)
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with locked(folder / ".lock", wait=False):
-            return _run_owned(config, folder)
+        with locked(folder / ".lock", wait):
+            return _run_owned(config, tuning, folder)
     except Busy:
-        raise ValueError(f"Another process is working on {folder}.") from None
+        raise Busy(f"Another process is working on {folder}.") from None
 
 
 def run_folder(config: RunConfig) -> Path:
@@ -68,7 +74,7 @@ def new_record(config: RunConfig) -> Record:
     precision, reason = measure.resolve_precision(config.precision, device)
     task = config.build_task()
     settings = json.loads(_shareable(canonical_json(asdict(config))))
-    for told_elsewhere in ("modified", "non_default"):
+    for told_elsewhere in ("modified", "non_default", "trial_of"):
         del settings[told_elsewhere]
     return Record(
         hash=short_hash(config.identity(precision, device.type)),
@@ -94,18 +100,23 @@ def new_record(config: RunConfig) -> Record:
         device=measure.device_facts(device) | {"runs_at_once": config.runs_at_once},
         versions=measure.versions(),
         commit=measure.commit(),
+        trial_of=config.trial_of,
     )
 
 
-def _run_owned(config: RunConfig, folder: Path) -> Record:
+def _run_owned(config: RunConfig, tuning: dict[str, Any] | None, folder: Path) -> Record:
     earlier = record.load(folder) if config.reuse == "auto" else None
-    if earlier is not None and earlier.status == "ok":
+    # A trial that has diverged has said what it was asked, to all seeds alike.
+    if earlier is not None and (
+        earlier.status == "ok" or (earlier.status == "diverged" and earlier.trial_of is not None)
+    ):
         check_finished(config, folder, earlier)
         LOG.info("Finished before. %s", describe(earlier))
         return earlier
     if config.reuse == "never":
         _clear(folder)
     current = new_record(config)
+    current.tuning = tuning
     for left_over in folder.glob(".*.tmp"):  # of a write that a kill -9 cut
         left_over.unlink()
     if earlier is not None:
@@ -113,7 +124,14 @@ def _run_owned(config: RunConfig, folder: Path) -> Record:
     with _log_file(folder):
         LOG.debug("%s", current.command)
         data_hash = earlier.task.get("data_hash") if earlier else None
-        _run_recorded(config, current, folder, data_hash)
+        if tuning is None:
+            _run_recorded(config, current, folder, data_hash)
+        elif tuning["chosen"] is None:
+            current.status, current.reason = _unchosen(tuning["trials"])
+            current.save(folder)
+        else:
+            train = replace(config.train, lr=tuning["chosen"])
+            _run_recorded(replace(config, train=train), current, folder, data_hash)
         LOG.info("%s", describe(current))
     return current
 
@@ -152,6 +170,9 @@ def _run_recorded(config: RunConfig, current: Record, folder: Path, data_hash: s
             except Exception as error:  # the device may be what failed
                 LOG.warning("The last measures of this run are missing: %s", error)
         current.save(folder)
+        (folder / record.PROGRESS).unlink(missing_ok=True)
+        if current.status == "ok" and not config.keep_checkpoint:
+            (folder / checkpoint.FILE).unlink(missing_ok=True)
         if trainer is not None:
             trainer.close()
 
@@ -196,6 +217,16 @@ def _train(trainer: Trainer) -> None:
         raise
 
 
+def _unchosen(trials: list[dict[str, Any]]) -> tuple[record.Status, str]:
+    """Returns the status and the reason of a tuned run whose trials leave nothing to choose."""
+    for trial in trials:
+        if trial["status"] in ("interrupted", "timeout"):
+            return trial["status"], f"trial lr={trial['lr']:g}: {trial['reason']}"
+    ends = {trial["status"] for trial in trials}
+    told = "; ".join(f"lr={t['lr']:g} {t['status']}: {t['reason']}" for t in trials)
+    return ends.pop() if len(ends) == 1 else "failed", f"no trial came to its end: {told}"
+
+
 def _failure(error: Exception) -> tuple[record.Status, str]:
     """Returns the status and the reason for an error that ended a run."""
     message = str(error).strip() or type(error).__name__
@@ -218,10 +249,18 @@ def evaluate_again(folder: Path) -> tuple[Record, Score]:
         ValueError: If the folder has no record, or no checkpoint that has been evaluated.
     """
     finished = record.load(folder)
-    saved = checkpoint.load(folder, finished.hash) if finished else None
-    if finished is None or saved is None or saved["state"].best is None:
-        missing = "record.json" if finished is None else "checkpoint with an evaluation"
-        raise ValueError(f"{folder} has no {missing}: give the folder of a run that was trained.")
+    if finished is None:
+        raise ValueError(f"{folder} has no record.json: give the folder of a run.")
+    if finished.trial_of is not None:
+        raise ValueError(f"{folder} is a trial of a tuning, and trials are never tested.")
+    saved = checkpoint.load(folder, finished.hash)
+    if saved is None and finished.status == "ok":
+        raise ValueError(
+            f"{folder} has no checkpoint: that of a finished run is removed, unless it is to be "
+            f"kept. Train again: {finished.command} keep_checkpoint=true reuse=never"
+        )
+    if saved is None or saved["state"].best is None:
+        raise ValueError(f"{folder} has no checkpoint with an evaluation: {finished.status}.")
     config = from_mapping(RunConfig, finished.config, "")
     import_plugins(config.plugins)
     device = measure.resolve_device(config.device)
@@ -242,6 +281,9 @@ def describe(finished: Record) -> str:
     """Returns one line on a run: what it is, how it ended, its scores."""
     name = f"{finished.task['name']} {finished.attention['name']} seed {finished.seed}"
     test, validation = finished.test, finished.validation
+    if finished.trial_of is not None and finished.status == "ok" and validation is not None:
+        rate = finished.config["train"]["lr"]
+        return f"{name}: trial lr={rate:g}: validation {validation.accuracy:.2%}"
     if finished.status != "ok" or test is None or validation is None:
         return f"{name}: {finished.status} after {finished.steps:,} steps: {finished.reason}"
     return (

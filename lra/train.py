@@ -10,6 +10,7 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,7 +24,15 @@ from lra import checkpoint, measure
 from lra.batches import Batches, resolve_micro_batches
 from lra.checkpoint import Metrics, State, Timed
 from lra.config import RunConfig, TrainConfig
-from lra.record import Record, Score, Status, Throughput, save_predictions
+from lra.record import (
+    Progress,
+    Record,
+    Score,
+    Status,
+    Throughput,
+    save_predictions,
+    save_progress,
+)
 from lra.tasks.base import Prepared, Task
 from lra.track import Tracker
 from models.classifier import Classifier
@@ -33,6 +42,10 @@ LOG = logging.getLogger("lra")
 
 WARMUP_STEPS = 5
 """Steps of a session left out of the throughput: memory pools and kernels settle in them."""
+
+
+PROGRESS_SECONDS = 10
+"""The shortest time between two signs of life."""
 
 
 class Stopped(Exception):
@@ -79,7 +92,11 @@ class Trainer:
         self.state = saved["state"] if saved else State()
         self.clock = clock
         self.clock.carry(self.state.seconds)
-        self.data = {name: Batches(split, device) for name, split in prepared.splits.items()}
+        self.data = {
+            name: Batches(split, device)
+            for name, split in prepared.splits.items()
+            if name != "test" or config.trial_of is None
+        }
         self.pieces = resolve_micro_batches(
             config.micro_batches, config.train.batch_size, self.data["train"].widths, device
         )
@@ -117,6 +134,7 @@ class Trainer:
         self.timed = Timed()
         self.untimed_seconds = 0.0
         self.saved_at = self.clock.total()
+        self.told_at = -math.inf
 
     # --- loop -----------------------------------------------------------------------------------
 
@@ -145,7 +163,7 @@ class Trainer:
                 self.clock.switch("train")
                 self._step()
                 bar.update()
-                self._check_limits()
+                self._look_up("train")
                 if self.clock.total() - self.saved_at > self.config.checkpoint_seconds:
                     self.save()
 
@@ -185,7 +203,15 @@ class Trainer:
             self.timed.examples += size
             self.timed.tokens += sum(piece.num_tokens for piece in pieces)
 
-    def _check_limits(self) -> None:
+    def _look_up(self, phase: str) -> None:
+        """Gives a sign of life where one is due, and stops the run where it is to be stopped."""
+        if self.clock.total() - self.told_at > PROGRESS_SECONDS:
+            self.clock.switch("other")
+            seconds = self.clock.read()
+            done = Progress(self.state.step, seconds["train"] + seconds["evaluate"])
+            save_progress(self.folder, done)
+            self.told_at = self.clock.total()
+            self.clock.switch(phase)
         if self.stop.signal is not None:
             raise Stopped("interrupted", f"{self.stop.signal} received")
         limit = self.config.time_limit_minutes
@@ -223,20 +249,27 @@ class Trainer:
 
     def _evaluate(self, model: Classifier, split: str, step: int) -> tuple[Score, np.ndarray]:
         self.clock.switch("evaluate")
-        result = evaluate(model, self.data[split], self.autocast, step, self._check_limits)
+        look_up = partial(self._look_up, "evaluate")
+        result = evaluate(model, self.data[split], self.autocast, step, look_up)
         self.clock.switch("other")
         return result
 
     def test(self) -> None:
-        """Scores the weights that the protocol tests on the test set; writes the predictions."""
+        """Scores the weights that the protocol tests on the test set; writes the predictions.
+
+        A trial of a tuning ends with their validation score.
+        """
         validation, weights = tested(self.config.train, self.state)
+        self.record.validation = validation
+        if self.config.trial_of is not None:
+            return
         model = self.model
         if weights is not None:
             # A copy: a signal may yet ask for a checkpoint, which is of the last step.
             model = copy.deepcopy(model)
             model.load_state_dict(weights)
         score, predictions = self._evaluate(model, "test", validation.step)
-        self.record.validation, self.record.test = validation, score
+        self.record.test = score
         save_predictions(self.folder, predictions, self.data["test"].labels.cpu().numpy())
 
     # --- what is kept ---------------------------------------------------------------------------

@@ -42,6 +42,7 @@ SETTINGS = [
     f"train.steps={STEPS}",
     "train.eval_every=5",
     "checkpoint_seconds=0",
+    "keep_checkpoint=true",
     "micro_batches=1",
     "tracker=none",
     "device=cpu",

@@ -162,7 +162,7 @@ def test_help_names_every_command(lra):
 
 def test_help_of_train_tells_the_main_keys(lra):
     text = lra("train", "--help").stdout
-    assert text.startswith("usage: lra train [-m] [KEY=VALUE ...]")
+    assert text.startswith("usage: lra train [-m] [--dry-run] [KEY=VALUE ...]")
     keys = ("task=", "attention=", "protocol=", "seed=", "device=", "precision=", "tracker=")
     assert [key for key in keys if key not in text] == []
 
@@ -170,8 +170,9 @@ def test_help_of_train_tells_the_main_keys(lra):
 def test_ls_lists_every_task_attention_and_protocol_with_a_line_on_each(lra):
     lines = lra("ls").stdout.splitlines()
     starts = [line.split()[0] for line in lines]
-    assert [line for line in lines if line.endswith("=")] == ["task=", "attention=", "protocol="]
-    names = {"listops", "softmax", "linear", "cosformer", "nystrom", "quick", "smoke"}
+    groups = ["task=", "attention=", "protocol=", "sweep="]
+    assert [line for line in lines if line.endswith("=")] == groups
+    names = {"listops", "softmax", "linear", "cosformer", "nystrom", "quick", "rfa_table3"}
     assert names <= set(starts)
     assert [line for line in lines if line.startswith("  ") and len(line.split()) < 3] == []
 
@@ -402,7 +403,7 @@ def test_several_runs_without_m_are_refused_with_what_to_type(called):
 
 def test_an_option_that_train_does_not_have_is_told(called):
     text = mistake(called("train", "--epochs", "protocol=smoke"))
-    assert text == "lra: lra train has no option --epochs: it takes -m and key=value.\n"
+    assert text == "lra: lra train has no option --epochs: it takes -m, --dry-run and key=value.\n"
 
 
 def test_a_device_that_is_not_there_is_told_and_leaves_nothing(called):

@@ -578,11 +578,12 @@ def test_no_setting_outside_task_attention_protocol_model_and_train_is_part_of_t
             "runs_dir=my_runs",
             "checkpoint_seconds=5",
             "runs_at_once=2",
+            "keep_checkpoint=true",
         ]
     )
     assert identity(config) == identity(smoke())
     unchanged = {"task", "attention", "protocol", "model", "train", "plugins"}
-    unchanged |= {"modified", "non_default"}
+    unchanged |= {"modified", "non_default", "tune", "trial_of"}
     for field in dataclasses.fields(config):
         if field.name not in unchanged:
             assert getattr(config, field.name) != getattr(smoke(), field.name), field.name

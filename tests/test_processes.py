@@ -38,6 +38,18 @@ def wait_for_lines(path, count, process, seconds=60):
     raise AssertionError(f"{path} never had {count} lines")
 
 
+def children(pid):
+    """Returns the processes that a process has started, with their command lines."""
+    listed = subprocess.run(
+        ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(pid)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    lines = (line.strip().partition(" ") for line in listed.stdout.splitlines())
+    return {int(child): command for child, _, command in lines}
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, cache):
     """The folder of a run that nothing cut."""
@@ -56,6 +68,7 @@ def long_run(folder, cache):
         "train.steps=300",
         "train.eval_every=10",
         "checkpoint_seconds=0",
+        "keep_checkpoint=true",
         "tracker=none",
         f"runs_dir={folder / 'runs'}",
         f"cache_dir={cache}",
@@ -119,10 +132,8 @@ def test_a_run_killed_in_a_sweep_is_recorded_and_the_next_one_runs(tmp_path, cac
     sweep = start(["-m", *overrides, "seed=0,1", "attention=softmax"], environment, tmp_path)
     first = folder_of([*overrides, "seed=0", "attention=softmax"])
     wait_for_lines(first / "metrics.jsonl", 1, sweep)
-    children = subprocess.run(
-        ["ps", "-o", "pid=", "--ppid", str(sweep.pid)], capture_output=True, text=True, check=True
-    )
-    os.kill(int(children.stdout.split()[0]), signal.SIGKILL)
+    [child] = children(sweep.pid)
+    os.kill(child, signal.SIGKILL)
     output, _ = sweep.communicate(timeout=60)
     assert sweep.returncode == 1, output
     killed = record.load(first)
@@ -147,3 +158,57 @@ def test_ctrl_c_in_a_sweep_saves_the_run_and_ends_the_sweep(tmp_path, cache, env
     assert record.load(first).status == "interrupted"
     assert not folder_of([*overrides, "seed=1"]).exists()
     assert [line.split()[1] for line in output.splitlines()[-2:]] == ["interrupted", "not"]
+
+
+def test_joblib_runs_several_at_once_and_divides_the_threads(tmp_path, smoke, environment):
+    del environment["OMP_NUM_THREADS"]
+    overrides = ["launch=joblib", "train.lr=1e30,1e-3", "runs_at_once=2"]
+    sweep = start(["-m", *smoke(*overrides)], environment, tmp_path)
+    output, _ = sweep.communicate(timeout=120)
+    assert sweep.returncode == 1, output
+    records = [record.load(folder_of(smoke(f"train.lr={lr}"))) for lr in ("1e30", "1e-3")]
+    assert [one.status for one in records] == ["diverged", "ok"]
+    share = max(1, len(os.sched_getaffinity(0)) // 2)
+    assert [one.device["threads"] for one in records] == [share, share]
+    assert [one.device["runs_at_once"] for one in records] == [2, 2]
+    assert "step/s" not in output  # bars of two runs in one terminal
+
+
+def test_a_run_of_joblib_that_is_killed_is_recorded_and_ctrl_c_saves_the_others(
+    tmp_path, cache, environment
+):
+    overrides = [*long_run(tmp_path, cache), "launch=joblib", "train.steps=3000"]
+    sweep = start(["-m", *overrides, "seed=0,1,2,3"], environment, tmp_path)
+    folders = [folder_of([*overrides, f"seed={seed}"]) for seed in range(4)]
+    for folder in folders[:2]:
+        wait_for_lines(folder / "metrics.jsonl", 1, sweep)
+    runs = {}
+    for worker in children(sweep.pid):
+        runs |= children(worker)
+    [first] = [run for run, command in runs.items() if command.endswith("seed=0")]
+    os.kill(first, signal.SIGKILL)
+    wait_for_lines(folders[2] / "metrics.jsonl", 1, sweep)  # its place is taken
+    assert record.load(folders[0]).status == "failed"
+    # A Ctrl-C reaches all processes of the terminal but the runs, which have their own session.
+    os.killpg(sweep.pid, signal.SIGINT)
+    output, _ = sweep.communicate(timeout=60)
+    assert sweep.returncode == 130, output
+    ends = [record.load(folder) for folder in folders]
+    assert "SIGKILL" in ends[0].reason
+    assert [end and end.status for end in ends[1:]] == ["interrupted", "interrupted", None]
+    assert "Traceback" not in output
+
+
+def test_a_second_ctrl_c_ends_a_run_that_does_not_end(tmp_path, cache, environment):
+    overrides = long_run(tmp_path, cache)
+    sweep = start(["-m", *overrides, "seed=0,1"], environment, tmp_path)
+    folder = folder_of([*overrides, "seed=0"])
+    wait_for_lines(folder / "metrics.jsonl", 2, sweep)
+    [child] = children(sweep.pid)
+    os.kill(child, signal.SIGSTOP)
+    for _ in range(2):
+        sweep.send_signal(signal.SIGINT)
+        time.sleep(0.1)  # two at once are one
+    output, _ = sweep.communicate(timeout=30)
+    assert sweep.returncode == 130, output
+    assert record.load(folder).status == "running"  # it could not say more

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from lra import report
-from lra.record import Record, Score, Throughput, save_predictions
+from lra.record import SCHEMA, Record, Score, Throughput, save_predictions
 from lra.report import store
 from lra.report.published import published
 from lra.tasks import TASKS
@@ -112,7 +112,7 @@ class Report:
     def __init__(self, folder, records, protocol="quick"):
         for i, one in enumerate(records):
             sound(one).save(folder / "runs" / f"{i:03}")
-        assert report.write([folder / "runs"], folder / "results") == 0
+        report.write([folder / "runs"], folder / "results")
         path = folder / "results" / f"leaderboard-{protocol}"
         self.markdown = path.with_suffix(".md").read_text()
         self.csv = path.with_suffix(".csv").read_text()
@@ -291,6 +291,29 @@ def test_rules_that_learn_nothing_stand_in_the_same_table(make):
         ("rule", "majority class"),
         ("rule", "root operator only"),
     ]
+
+
+# Tuning
+
+TUNING = {
+    "name": "lr",
+    "grid": [0.1, 0.3, 0.9],
+    "chosen": 0.3,
+    "trials": [{"lr": lr, "status": "ok", "validation": 0.5} for lr in (0.1, 0.3, 0.9)],
+}
+
+
+def test_a_tuned_run_is_a_row_of_its_own_that_counts_its_trials(make):
+    made = make(run(500), run(600, hash="bbbbbbbb", tuning=TUNING))
+    assert made.names[:2] == ["softmax (lr of 3 trials)", "softmax"]
+
+
+def test_trials_stand_in_no_table(make, capsys):
+    trial = dataclasses.replace(failed(hash="bbbbbbbb"), status="ok", trial_of="cccccccc")
+    trial = dataclasses.replace(trial, validation=Score.of(510, 1000, 1.25, 600))
+    made = make(run(500), trial)
+    assert made.names[:2] == ["softmax", "*majority class*"]
+    assert capsys.readouterr().err == ""
 
 
 # Marks
@@ -694,6 +717,19 @@ def test_a_record_that_contradicts_itself_is_named_and_left_out(
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith(f"left out: {folder}/record.json")
     assert told in line
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests" / "records").glob("*.json")))
+def test_records_of_older_versions_of_the_format_are_reported(tmp_path, capsys, path):
+    folder = tmp_path / "runs" / "old"
+    folder.mkdir(parents=True)
+    shutil.copy(path, folder / "record.json")
+    report.write([tmp_path / "runs"], tmp_path / "results")
+    assert capsys.readouterr().err == ""
+    old = json.loads(path.read_text())
+    assert old["schema"] < SCHEMA
+    told = f"{100 * old['test']['accuracy']:.2f}"
+    assert told in (tmp_path / "results" / f"leaderboard-{old['protocol']}.md").read_text()
 
 
 def test_a_record_that_agrees_with_its_predictions_is_taken(tmp_path, make):

@@ -63,9 +63,28 @@ def test_the_last_step_is_tested_where_the_protocol_says_so(smoke):
 
 
 def test_the_checkpoint_gives_the_same_test_score_again(smoke):
-    done = run(load(smoke("attention=linear")))
+    done = run(load(smoke("attention=linear", "keep_checkpoint=true")))
     _, score = evaluate_again(folder_of(smoke("attention=linear")))
     assert score == done.test
+
+
+def test_the_checkpoint_of_a_finished_run_is_removed_and_lra_eval_says_what_to_type(smoke):
+    done = run(load(smoke()))
+    folder = folder_of(smoke())
+    assert not (folder / "checkpoint.pt").exists()
+    with pytest.raises(ValueError, match="has no checkpoint") as error:
+        evaluate_again(folder)
+    assert str(error.value).endswith(f"{done.command} keep_checkpoint=true reuse=never")
+    run(load(smoke("reuse=never", "keep_checkpoint=true")))
+    _, score = evaluate_again(folder)
+    assert score == done.test
+
+
+def test_the_checkpoint_of_a_cut_run_stays_until_it_is_finished(smoke):
+    run(load(smoke("time_limit_minutes=0.00001")))
+    assert (folder_of(smoke()) / "checkpoint.pt").exists()
+    run(load(smoke()))
+    assert not (folder_of(smoke()) / "checkpoint.pt").exists()
 
 
 def test_other_data_than_a_run_was_begun_on_is_refused(smoke):
@@ -91,7 +110,7 @@ def test_a_finished_run_of_other_data_is_not_returned(smoke, capsys):
 
 def test_a_record_names_no_home_folder(smoke, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    done = run(load(smoke()))
+    done = run(load(smoke("keep_checkpoint=true")))
     assert done.config["runs_dir"] == "~/runs"
     assert str(tmp_path) not in (folder_of(smoke()) / "record.json").read_text()
     _, score = evaluate_again(folder_of(smoke()))
@@ -120,7 +139,7 @@ def test_reuse_never_starts_over(smoke):
 
 def test_equal_seeds_give_equal_bits_and_others_do_not(smoke):
     def weights(*more):
-        overrides = smoke("reuse=never", *more)
+        overrides = smoke("reuse=never", "keep_checkpoint=true", *more)
         run(load(overrides))
         return torch.load(folder_of(overrides) / "checkpoint.pt", weights_only=True)["model"]
 
@@ -206,7 +225,7 @@ def test_the_time_limit_ends_a_run_and_a_larger_one_goes_on(smoke):
 
 @pytest.mark.parametrize("where", ["step", "validation", "test"])
 def test_an_interrupted_run_ends_as_the_uninterrupted_one(smoke, tmp_path, monkeypatch, where):
-    overrides = smoke("attention=softmax", "train.steps=12")
+    overrides = smoke("attention=softmax", "train.steps=12", "keep_checkpoint=true")
     whole = run(load(overrides))
     folder = folder_of(overrides)
     kept = shutil.copytree(folder, tmp_path / "whole")

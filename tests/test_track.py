@@ -5,7 +5,10 @@ import wandb
 
 from lra import record
 from lra.compose import load
+from lra.config import WandbConfig
 from lra.run import run, run_folder
+from lra.track import log_leaderboards
+from lra.tune import trials
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 
@@ -90,3 +93,56 @@ def test_a_failing_tracker_costs_one_warning_and_no_run(smoke, fake, caplog, mon
     assert run(load(overrides)).status == "ok"
     assert record.load(run_folder(load(overrides))).status == "ok"
     assert caplog.text.count("no space left for wandb") == 1
+
+
+def test_a_trial_stands_in_the_group_of_what_is_tuned(smoke, fake):
+    [trial, *_] = trials(load(smoke("tracker=wandb", "tune=lr")))
+    run(trial)
+    assert fake.settings["group"] == f"smoke/listops/softmax-{trial.trial_of}"
+    assert fake.settings["job_type"] == "trial"
+
+
+OFFLINE = WandbConfig(mode="offline", project="lra", entity=None)
+
+
+def test_leaderboards_are_logged_as_tables_of_one_artefact(tmp_path, monkeypatch):
+    for protocol in ("quick", "nystrom"):
+        (tmp_path / f"leaderboard-{protocol}.csv").write_text("name,accuracy\nsoftmax,33.1\nrfa,\n")
+    logged = []
+    log = wandb.Run.log_artifact
+    monkeypatch.setattr(
+        wandb.Run, "log_artifact", lambda run, one: (logged.append(one), log(run, one))[1]
+    )
+    files = sorted(tmp_path.glob("*.csv"))
+    log_leaderboards(files, OFFLINE, tmp_path)
+    [artifact] = [one for one in logged if one.type == "leaderboard"]
+    names = set(artifact.manifest.entries)
+    assert {"leaderboard-quick.csv", "leaderboard-quick.table.json"} <= names
+    assert {"leaderboard-nystrom.csv", "leaderboard-nystrom.table.json"} <= names
+    assert len(list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))) == 1
+
+
+def test_leaderboards_that_are_not_there_or_fail_are_told(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"no .*a.csv: run lra report first"):
+        log_leaderboards([tmp_path / "a.csv"], OFFLINE, tmp_path)
+
+    def fail(*_, **__):
+        raise OSError("no space left for wandb")
+
+    monkeypatch.setattr(wandb, "init", fail)
+    (tmp_path / "a.csv").write_text("name\nsoftmax\n")
+    with pytest.raises(ValueError, match="W&B failed: no space left for wandb"):
+        log_leaderboards([tmp_path / "a.csv"], OFFLINE, tmp_path)
+
+
+def test_the_report_logs_its_tables_when_asked(tmp_path, monkeypatch, smoke):
+    run(load([*smoke(), "tracker=none"]))
+    logged = []
+    monkeypatch.setattr("lra.track.log_leaderboards", lambda *given: logged.append(given))
+    arguments = ["report", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
+    for more in ([], ["--wandb", "offline", "--project", "arena"]):
+        with pytest.raises(SystemExit) as end:
+            main([*arguments, *more])
+        assert end.value.code == 0
+    settings = WandbConfig("offline", "arena", None)
+    assert logged == [([tmp_path / "out" / "leaderboard-smoke.csv"], settings, tmp_path / "out")]

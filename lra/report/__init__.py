@@ -12,7 +12,7 @@ from lra.report.leaderboard import Board
 from lra.report.store import read
 
 
-def write(runs: Sequence[Path], out: Path) -> int:
+def write(runs: Sequence[Path], out: Path) -> list[Path]:
     """Writes the leaderboard and the figures of every protocol, and prints the leaderboards.
 
     Args:
@@ -21,7 +21,7 @@ def write(runs: Sequence[Path], out: Path) -> int:
             ``curves-<protocol>.png``, ``seeds-<protocol>.png`` and ``tradeoff-<protocol>.png``.
 
     Returns:
-        0.
+        The CSV files.
 
     Raises:
         ValueError: If there is no such folder, or no record to report.
@@ -32,13 +32,15 @@ def write(runs: Sequence[Path], out: Path) -> int:
             f"There is no record below {', '.join(map(str, runs))}: train first (lra train), or "
             f"name the folders of your runs with --runs."
         )
+    tables = []
     for protocol in sorted({run.record.protocol for run in found}):
         board = Board([run for run in found if run.record.protocol == protocol])
         path = out / f"leaderboard-{protocol}"
         markdown = pages.markdown(board)
         write_text(path.with_suffix(".md"), markdown)
-        write_text(path.with_suffix(".csv"), pages.csv(board))
+        tables.append(path.with_suffix(".csv"))
+        write_text(tables[-1], pages.csv(board))
         write_text(path.with_suffix(".tex"), pages.tex(board))
         drawn = figures.write(board, out)
         print(f"{markdown}\nwritten to {path}.md, .csv and .tex; {', '.join(map(str, drawn))}")
-    return 0
+    return tables

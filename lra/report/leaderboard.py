@@ -35,7 +35,8 @@ class Row:
     """One setting of an attention on one task, over its seeds.
 
     Attributes:
-        label: The attention, its options that are not default, and departures from the protocol.
+        label: The attention, its options that are not default, departures from the protocol, and
+            by how many trials it was tuned.
         runs: The runs, finished or not.
         marks: Marks of `MARKS` that it bears.
         conditions: Device, threads and precision; speed and memory compare only where equal.
@@ -305,7 +306,8 @@ def _row(runs: list[Run]) -> Row:
 def _label(r: Record) -> str:
     options = "".join(f" {key}={value}" for key, value in r.attention["non_default"].items())
     modified = ", ".join(f"{key}={value[1]}" for key, value in r.modified.items())
-    return r.attention["name"] + options + (f" ({modified})" if modified else "")
+    tuned = f" ({r.tuning['name']} of {len(r.tuning['trials'])} trials)" if r.tuning else ""
+    return r.attention["name"] + options + (f" ({modified})" if modified else "") + tuned
 
 
 def _marks(row: Row, done: Sequence[Record]) -> str:

@@ -22,8 +22,9 @@ class Run:
 def read(folders: Iterable[Path]) -> list[Run]:
     """Returns the runs below ``folders``, by protocol, task, attention, identity and seed.
 
-    A file that is no record, or one that contradicts itself or its predictions, is named on
-    standard error and left out. Of several records of one run, as copies of a folder have, the
+    Trials of a tuning are left out: what they led to is told by the tuned run. A file that is no
+    record, or one that contradicts itself or its predictions, is named on standard error and left
+    out. Of several records of one run, as copies of a folder have, the
     latest counts.
     """
     found: dict[tuple[str, str, str, str, int], Run] = {}
@@ -35,6 +36,8 @@ def read(folders: Iterable[Path]) -> list[Run]:
             check(loaded, path.parent)
         except ValueError as error:
             print(f"left out: {error}", file=sys.stderr)
+            continue
+        if loaded.trial_of is not None:
             continue
         key = (
             loaded.protocol,
@@ -55,7 +58,8 @@ def check(loaded: Record, folder: Path) -> None:
         ValueError: It names the file, and what contradicts what.
     """
     path = folder / "record.json"
-    if loaded.status == "ok" and (loaded.test is None or loaded.validation is None):
+    tested = loaded.test is not None or loaded.trial_of is not None
+    if loaded.status == "ok" and not (tested and loaded.validation is not None):
         raise ValueError(f"{path} is of a finished run and has no score: was it edited?")
     try:
         identity = loaded.identity_hash()

@@ -152,6 +152,13 @@ class Task(abc.ABC):
         """
         return {}
 
+    def locate(self) -> None:  # noqa: B027
+        """Looks for the source, whose content is not read; the hub is asked where it would be read.
+
+        Raises:
+            ValueError: If a build could not begin now: what was looked for, and what to type.
+        """
+
     def origin(self) -> str:
         """Returns one line on what a build would read now, and on what else is there to read."""
         return "it is generated"

@@ -72,6 +72,10 @@ class Citations(Task):
         except ValueError:
             return {}
 
+    def locate(self) -> None:
+        """Looks for the two files."""
+        find_files(self.data_dir)
+
     def origin(self) -> str:
         """Returns where the papers would be read from."""
         try:

@@ -84,6 +84,10 @@ class Image(Task):
         """Returns the parquet files that are there."""
         return _CIFAR.source_files(self.data_dir, self.config.revision)
 
+    def locate(self) -> None:
+        """Looks for the images."""
+        _CIFAR.open(self.data_dir, self.config.revision)
+
     def origin(self) -> str:
         """Returns where the images would be read from."""
         return _CIFAR.origin(self.data_dir, self.config.revision)

@@ -93,6 +93,11 @@ class ListOps(Task):
         except ValueError:
             return {}
 
+    def locate(self) -> None:
+        """Looks for the official files, where they are to be read."""
+        if self.config.source == "official":
+            find_files(self.data_dir)
+
     def origin(self) -> str:
         """Returns what a build would do, and where official files are."""
         return origin(self.config.source, lambda: find_files(self.data_dir)["train"].parent)

@@ -135,6 +135,11 @@ class Pathfinder(Task):
         except ValueError:
             return {}
 
+    def locate(self) -> None:
+        """Looks for the official images, where they are to be read."""
+        if self.config.source == "official":
+            self._official_folder()
+
     def origin(self) -> str:
         """Returns what a build would do, and where official images are."""
         return origin(self.config.source, self._official_folder)

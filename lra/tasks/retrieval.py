@@ -73,6 +73,11 @@ class Retrieval(Task):
         except ValueError:
             return {}
 
+    def locate(self) -> None:
+        """Looks for the pairs."""
+        if self.config.revision is not None or not find_files(self.data_dir):
+            hub_files(self.config.revision, self.data_dir)
+
     def origin(self) -> str:
         """Returns where the pairs would be read from."""
         revision = self.config.revision

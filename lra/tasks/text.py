@@ -86,6 +86,11 @@ class Text(Task):
         """Returns the parquet files; not those of aclImdb, which are too many to look at."""
         return _IMDB.source_files(self.data_dir, self.config.revision)
 
+    def locate(self) -> None:
+        """Looks for the reviews."""
+        if self._folder() is None:
+            _IMDB.open(self.data_dir, self.config.revision)
+
     def origin(self) -> str:
         """Returns where the reviews would be read from."""
         folder = self._folder()
