@@ -4,6 +4,7 @@ import pytest
 import wandb
 
 from lra import record
+from lra.cli import main
 from lra.compose import load
 from lra.config import WandbConfig
 from lra.run import run, run_folder
