@@ -1,7 +1,6 @@
 """One run from its configuration to its record: folder, lock, log, signals, and how it ended."""
 
 import contextlib
-import errno
 import json
 import logging
 import shlex
@@ -14,8 +13,6 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from lra import checkpoint, measure, record
 from lra.batches import Batches
@@ -143,7 +140,7 @@ def _run_recorded(config: RunConfig, current: Record, folder: Path, data_hash: s
         except KeyboardInterrupt:
             current.status, current.reason = "interrupted", "stopped at once, without a checkpoint"
         except Exception as error:
-            current.status, current.reason = _failure(error)
+            current.status, current.reason = measure.failure(error)
             LOG.debug("%s", traceback.format_exc())
         current.reason = _shareable(current.reason)
         if trainer is not None:
@@ -194,18 +191,6 @@ def _train(trainer: Trainer) -> None:
         if stopped.status != "diverged":
             trainer.save()
         raise
-
-
-def _failure(error: Exception) -> tuple[record.Status, str]:
-    """Returns the status and the reason for an error that ended a run."""
-    message = str(error).strip() or type(error).__name__
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate" in message:
-        return "oom", message.splitlines()[0]
-    if isinstance(error, ValueError):
-        return "failed", message
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return "failed", f"the disk is full: {error.filename or message}"
-    return "failed", f"{type(error).__name__}: {message.splitlines()[0]}"
 
 
 def evaluate_again(folder: Path) -> tuple[Record, Score]:
