@@ -52,7 +52,7 @@ and other commands add rows.
   device=auto precision=auto threads=2     auto, cpu, cuda; auto, fp32, bf16
   model.layers=2 model.dim=64 ...          the model around the attention; shape=text or decode
   filled=false                             real lengths instead of whole ones
-  micro_batches=auto                       in pieces, as lra train runs a batch; 1: at once
+  micro_batches=1                          whole batches; auto: in pieces, as lra train runs them
   memory_gb=4 seconds=60                   limits of a cell; beyond them it is a cross, or marked
   reuse=never                              measure again
   out=results                              folder to write to

@@ -1,14 +1,12 @@
-"""What one process measures: a cell, or the ceilings of the machine.
+"""What one process measures: a cell, or the ceilings of the machine."""
 
-python -m lra.bench.cell <job >result        # both JSON; `lra bench` starts it
-"""
-
-import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
@@ -26,7 +24,6 @@ from lra.cells import Cell, Decoding, Figures, Spread
 from lra.compose import import_plugins
 from lra.tasks.base import Split
 from lra.train import autocast, build_classifier, count_parameters
-from lra.typed import from_mapping
 from models.decoder import Decoder
 from models.encoder import resample
 
@@ -71,15 +68,23 @@ class Job:
     plugins: list[str]
 
 
-def main() -> None:
-    """Reads a job and writes its result, or how it failed."""
-    job = from_mapping(Job, json.load(sys.stdin), "")
+def work(job: Job, results: Connection, errors: str) -> None:
+    """Sends the result of a job, or how it failed; the whole life of a process.
+
+    Args:
+        job: What to do.
+        results: Where the result goes.
+        errors: A file for what is written to the standard error.
+    """
+    os.setsid()  # a Ctrl-C at the terminal is for `lra bench`, which ends us
+    with open(errors, "ab") as file:
+        os.dup2(file.fileno(), sys.stderr.fileno())
     try:
         result = perform(job)
     except Exception as error:  # whatever an attention does; it is told in the cell
         status, reason = measure.failure(error)
         result = {"status": status, "reason": reason}
-    print("\n" + json.dumps(result))
+    results.send(result)
 
 
 def perform(job: Job) -> dict[str, Any]:
@@ -105,7 +110,7 @@ def classifying(cell: Cell, device: torch.device, job: Job) -> Figures:
     data = Batches(split, device)
     pieces = resolve_micro_batches(given.micro_batches, given.batch, data.widths, device)
     precision = autocast(device, given.precision)
-    settle(device)
+    settle(device, train)
     memory = measure.PeakMemory(device)
     torch.manual_seed(0)
     config = model_of(cell.mode, given.model, cell.length)
@@ -149,7 +154,7 @@ def decoding(cell: Cell, device: torch.device, job: Job) -> Figures:
     given, length = cell.conditions, cell.length
     precision = autocast(device, given.precision)
     dtype = torch.bfloat16 if given.precision == "bf16" else torch.float32
-    settle(device)
+    settle(device, train=False)
     memory = measure.PeakMemory(device)
     torch.manual_seed(0)
     shape = model_of(cell.mode, given.model, length)
@@ -209,12 +214,14 @@ def examples(batch: int, length: int, filled: bool) -> Split:
     return Split.of(tokens, np.concatenate([[0], lengths.cumsum()]), labels)
 
 
-def settle(device: torch.device) -> None:
-    """Loads what first steps load, so that it is no cell's memory: libraries, threads, modules."""
+def settle(device: torch.device, train: bool) -> None:
+    """Loads what a first step loads, so that no cell's memory has it: libraries, threads."""
     layer = torch.nn.Linear(256, 256, device=device)
-    optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
-    layer(torch.ones(256, 256, device=device)).sum().backward()
-    optimizer.step()
+    loss = layer(torch.ones(256, 256, device=device)).sum()
+    if train:
+        optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
+        loss.backward()
+        optimizer.step()
 
 
 def repeated(step: Callable[[], None], device: torch.device, job: Job) -> Spread:
@@ -301,7 +308,3 @@ def ceilings(device: torch.device, precision: str) -> dict[str, Any]:
         "flops_per_second": 2 * size**3 / multiplying,
         "bytes_per_second": 2 * source.nbytes / copying,
     }
-
-
-if __name__ == "__main__":
-    main()

@@ -8,8 +8,8 @@ whatever it comes from, and so is what the machine has left.
 
 import os
 import resource
-import subprocess
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from lra.cells import Status
@@ -41,7 +41,7 @@ def limit_own_memory(memory_gb: float) -> None:
 
 
 def watch(
-    process: subprocess.Popen, memory_gb: float | None, seconds: float
+    process: BaseProcess, memory_gb: float | None, seconds: float
 ) -> tuple[Status, str] | None:
     """Waits for a process, and kills it where it goes beyond a limit.
 
@@ -52,7 +52,7 @@ def watch(
     held = memory_gb is not None and statm.exists()
     reserve = RESERVE * (_meminfo("MemTotal") or 0)
     end = time.monotonic() + seconds
-    while process.poll() is None:
+    while process.exitcode is None:
         found: tuple[Status, str] | None = None
         if held and _resident(statm) > memory_gb * 1e9:
             found = "oom", f"more than {memory_gb:g} GB"
@@ -62,7 +62,7 @@ def watch(
             found = "timeout", f"more than {seconds:g} s"
         if found:
             process.kill()
-            process.wait()
+            process.join()
             return found
         time.sleep(INTERVAL)
     return None

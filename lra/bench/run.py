@@ -1,23 +1,19 @@
 """Runs the cells of a plan, one fresh process each, and keeps each as soon as it has ended."""
 
-import json
 import logging
-import os
+import multiprocessing
 import random
 import shlex
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from lra import cells
-from lra.bench.cell import Job
+from lra.bench.cell import Job, work
 from lra.bench.limits import default_memory_gb, watch
 from lra.bench.plan import Plan, plan
 from lra.cells import Ceilings, Cell, Measured
@@ -27,6 +23,12 @@ from lra.report import efficiency
 from lra.typed import from_mapping
 
 LOG = logging.getLogger("lra")
+
+PROCESSES = multiprocessing.get_context("forkserver")
+"""Fresh processes, forked from one that has imported what they need and computed nothing."""
+
+PRELOADED = ["lra.bench.cell", "torch._dynamo"]
+"""The second is what a first optimiser imports."""
 
 ORDER = 0
 """Seed of the order of the cells: shuffled, so that a drift of the machine favours none."""
@@ -73,6 +75,7 @@ def _measure(asked: Plan, command: str) -> bool:
     )
     if not waiting:
         return False
+    PROCESSES.set_forkserver_preload(PRELOADED)
     cells.append(asked.path, _ceilings(asked))
     random.Random(ORDER).shuffle(waiting)
     failed = False
@@ -126,42 +129,26 @@ def _in_process(asked: Plan, cell: Cell | None, memory_gb: float | None) -> dict
         measure_seconds=config.measure_seconds,
         plugins=asked.plugins,
     )
-    # -P and this path: the process has our packages, whatever the current folder holds.
-    root = str(Path(__file__).parents[2])
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    with _file() as given, _file() as out, _file() as errors:
-        given.write(json.dumps(asdict(job)).encode())
-        given.seek(0)
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "lra.bench.cell"],
-            stdin=given,
-            stdout=out,
-            stderr=errors,
-            env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)},
-            start_new_session=True,
-        )
+    receiver, sender = PROCESSES.Pipe(duplex=False)
+    with tempfile.NamedTemporaryFile() as errors, receiver:
+        process = PROCESSES.Process(target=work, args=(job, sender, errors.name))
+        process.start()
+        sender.close()
         try:
             ended = watch(
                 process, memory_gb if asked.device.type == "cpu" else None, config.seconds
             )
         finally:  # a Ctrl-C too
             process.kill()
-            process.wait()
+            process.join()
         if ended:
             return {"status": ended[0], "reason": ended[1]}
-        out.seek(0)
-        printed = out.read().decode(errors="replace").splitlines()
-        if process.returncode == 0:
-            return json.loads(printed[-1])
-        errors.seek(0)
+        if process.exitcode == 0:
+            return receiver.recv()
         lines = errors.read().decode(errors="replace").split("\n")
-    # The kernel's own way out when memory ends; we have not sent it.
-    status = "oom" if process.returncode == -signal.SIGKILL else "failed"
-    return {"status": status, "reason": _crash(process.returncode, lines)}
-
-
-def _file() -> BinaryIO:
-    return tempfile.TemporaryFile()
+    # SIGKILL is the kernel's own way out when memory ends; we have not sent it.
+    status = "oom" if process.exitcode == -signal.SIGKILL else "failed"
+    return {"status": status, "reason": _crash(process.exitcode, lines)}
 
 
 def _crash(code: int, lines: list[str]) -> str:

@@ -15,7 +15,7 @@ from lra.files import write_atomically
 from lra.report.panels import Panel
 
 MARKERS = "osD^vPX<>ph"
-WORDS = {"train": "training step", "infer": "inference step"}
+WORDS = {"train": "a training step", "infer": "an inference step"}
 
 Line = tuple[list[float], list[float]]
 
@@ -40,8 +40,8 @@ def draw(path: Path, panels: Sequence[Panel], title: str) -> None:
     else:
         for column, panel in enumerate(panels):
             word = WORDS[panel.mode]
-            _plot(axes[0][column], f"seconds a {word}", "", styles, _lines(panel, _seconds))
-            _plot(axes[1][column], f"peak MB, {word}", "length N", styles, _lines(panel, _peak))
+            _plot(axes[0][column], f"seconds of {word}", "", styles, _lines(panel, _seconds))
+            _plot(axes[1][column], f"peak MB of {word}", "length N", styles, _lines(panel, _peak))
     handles = axes[0][0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside right center", fontsize=7.5, frameon=False)
     figure.suptitle(title, fontsize=9)
