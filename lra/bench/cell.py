@@ -297,7 +297,7 @@ def ceilings(device: torch.device, precision: str) -> dict[str, Any]:
     target = torch.empty_like(source)
 
     def best(step: Callable[[], object]) -> float:
-        times = [timed(step, device) for _ in range(11)]
+        times = [timed(step, device) for _ in range(6)]
         return min(times[1:])
 
     multiplying = best(lambda: torch.mm(a, b, out=product))

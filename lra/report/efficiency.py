@@ -89,8 +89,11 @@ def _tables(panel: Panel) -> list[Table]:
         ],
         [_spread_note(panel), "In brackets: multiples of softmax.", *_cross_notes(panel)],
     )
-    tables = [speed, _growth(panel)]
-    if panel.ceilings:
+    tables = [speed]
+    measured = any(m.figures for row in panel.rows.values() for m in row.values())
+    if measured and len(panel.lengths) > 1:
+        tables.append(_growth(panel))
+    if measured and panel.ceilings:
         tables.append(_floor(panel, panel.ceilings))
     return tables
 

@@ -69,6 +69,10 @@ def _plot(
     for name, style in styles.items():
         x, y = lines.get(name, ([], []))
         axes.plot(x, y, label=name, **style)
+    axes.set_title(title, fontsize=9, loc="left")
+    axes.set_xlabel(below, fontsize=8)
+    if not any(y for _, y in lines.values()):
+        return
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     ticks = sorted({value for x, _ in lines.values() for value in x})
@@ -76,13 +80,11 @@ def _plot(
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     values = [value for _, y in lines.values() for value in y]
-    if values and max(values) > 10 * min(values):
+    if max(values) > 10 * min(values):
         axes.yaxis.set_minor_formatter(NullFormatter())
     else:
         axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.tick_params(labelsize=7.5, which="both")
-    axes.set_title(title, fontsize=9, loc="left")
-    axes.set_xlabel(below, fontsize=8)
     axes.grid(which="major", lw=0.4, alpha=0.5)
 
 
