@@ -20,6 +20,7 @@ from lra.compose import import_plugins
 from lra.config import RunConfig
 from lra.files import Busy, canonical_json, locked, short_hash
 from lra.record import Record, Score
+from lra.text import shareable
 from lra.train import Stopped, Trainer, autocast, build_model, evaluate, tested
 from lra.typed import from_mapping
 
@@ -64,7 +65,7 @@ def new_record(config: RunConfig) -> Record:
     device = measure.resolve_device(config.device)
     precision, reason = measure.resolve_precision(config.precision, device)
     task = config.build_task()
-    settings = json.loads(_shareable(canonical_json(asdict(config))))
+    settings = json.loads(shareable(canonical_json(asdict(config))))
     for told_elsewhere in ("modified", "non_default"):
         del settings[told_elsewhere]
     return Record(
@@ -85,7 +86,7 @@ def new_record(config: RunConfig) -> Record:
         },
         seed=config.seed,
         config=settings,
-        command=_shareable(shlex.join(["lra", *sys.argv[1:]])),
+        command=shareable(shlex.join(["lra", *sys.argv[1:]])),
         started=datetime.now(UTC).isoformat(timespec="seconds"),
         precision={"name": precision, "reason": reason},
         device=measure.device_facts(device) | {"runs_at_once": config.runs_at_once},
@@ -142,7 +143,7 @@ def _run_recorded(config: RunConfig, current: Record, folder: Path, data_hash: s
         except Exception as error:
             current.status, current.reason = measure.failure(error)
             LOG.debug("%s", traceback.format_exc())
-        current.reason = _shareable(current.reason)
+        current.reason = shareable(current.reason)
         if trainer is not None:
             try:
                 trainer.complete_record()
@@ -174,12 +175,6 @@ def _check_data(manifest: Mapping[str, Any], folder: Path, data_hash: str | None
             f"{manifest['hash']} ({manifest['source']}): set data_dir to that of "
             f"the run, another runs_dir, or reuse=never to start the run over."
         )
-
-
-def _shareable(text: str) -> str:
-    """Returns ``text`` with the user's home folder, which has the user's name in it, as ``~``."""
-    home = str(Path.home())
-    return text.replace(home, "~") if len(home) > 1 else text
 
 
 def _train(trainer: Trainer) -> None:

@@ -210,12 +210,13 @@ def test_two_benchmarks_do_not_write_to_one_file(finished):
 
 @LINUX
 def test_the_peak_of_a_cell_is_that_of_a_tensor_of_known_size(heavy):
-    for size in (0, 100, 300):
-        assert heavy("attention=heavy", "lengths=16", f"attention.megabytes={size}")[0] == 0
-    _, out = heavy("attention=heavy", "lengths=16")
+    for size in (100, 300):
+        code, out = heavy("attention=heavy", "lengths=16", f"attention.megabytes={size}")
+        assert code == 0
     peaks = {name: m.figures.peak_bytes for (name, _, _), m in measured(out).items()}
-    assert peaks["heavy megabytes=100"] - peaks["heavy"] == pytest.approx(100e6, rel=0.05)
-    assert peaks["heavy megabytes=300"] - peaks["heavy"] == pytest.approx(300e6, rel=0.05)
+    small, large = (peaks[f"heavy megabytes={size}"] for size in (100, 300))
+    assert large - small == pytest.approx(200e6, rel=0.03)
+    assert 100e6 <= small <= 130e6  # and what the layer itself needs
 
 
 @LINUX

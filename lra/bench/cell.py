@@ -23,6 +23,7 @@ from lra.bench.plan import model_of
 from lra.cells import Cell, Decoding, Figures, Spread
 from lra.compose import import_plugins
 from lra.tasks.base import Split
+from lra.text import shareable
 from lra.train import autocast, build_classifier, count_parameters
 from models.decoder import Decoder
 from models.encoder import resample
@@ -83,7 +84,7 @@ def work(job: Job, results: Connection, errors: str) -> None:
         result = perform(job)
     except Exception as error:  # whatever an attention does; it is told in the cell
         status, reason = measure.failure(error)
-        result = {"status": status, "reason": reason}
+        result = {"status": status, "reason": shareable(reason)}
     results.send(result)
 
 

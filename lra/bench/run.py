@@ -20,6 +20,7 @@ from lra.cells import Ceilings, Cell, Measured
 from lra.compose import import_plugins, named_plugins
 from lra.files import Busy, locked
 from lra.report import efficiency
+from lra.text import shareable
 from lra.typed import from_mapping
 
 LOG = logging.getLogger("lra")
@@ -49,7 +50,7 @@ def bench(overrides: Sequence[str]) -> int:
     asked.path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with locked(asked.path, wait=False):
-            failed = _measure(asked, shlex.join(["lra", "bench", *overrides]))
+            failed = _measure(asked, shareable(shlex.join(["lra", "bench", *overrides])))
             efficiency.write(asked.path)
     except Busy:
         raise ValueError(f"Another lra bench is writing to {asked.path}: wait for it.") from None
@@ -148,7 +149,7 @@ def _in_process(asked: Plan, cell: Cell | None, memory_gb: float | None) -> dict
         lines = errors.read().decode(errors="replace").split("\n")
     # SIGKILL is the kernel's own way out when memory ends; we have not sent it.
     status = "oom" if process.exitcode == -signal.SIGKILL else "failed"
-    return {"status": status, "reason": _crash(process.exitcode, lines)}
+    return {"status": status, "reason": shareable(_crash(process.exitcode, lines))}
 
 
 def _crash(code: int, lines: list[str]) -> str:
