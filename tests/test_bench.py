@@ -346,6 +346,14 @@ def test_real_lengths_are_other_conditions(tmp_path):
     assert len(list(tmp_path.glob("*.png"))) == 2
 
 
+@pytest.mark.parametrize("mode", ["train", "infer"])
+def test_bf16_is_measured_too_and_stands_in_a_file_of_its_own(mode, tmp_path):
+    asked = ["attention=softmax,rfa", *TEXT, "precision=bf16", "lengths=16", f"mode={mode}"]
+    assert bench([*asked, f"out={tmp_path}"]) == 0
+    assert (tmp_path / "efficiency-cpu-bf16.md").exists()
+    assert {m.status for m in measured(tmp_path).values()} == {"ok"}
+
+
 # Generation
 
 
@@ -365,6 +373,14 @@ def test_generation_is_told_by_position(decoded):
     # Tokens a second from the start agree with the times of single tokens.
     assert made.tokens_per_second[-1] == pytest.approx(3 / np.median(made.seconds), rel=0.5)
     assert "Milliseconds a token, generating 64 tokens" in markdown
+
+
+def test_generation_in_bf16_has_a_cache_of_half_the_size(decoded, tmp_path):
+    asked = ["attention=softmax", *DECODE, "lengths=64", "precision=bf16", f"out={tmp_path}"]
+    assert bench(asked) == 0
+    halved = measured(tmp_path)["softmax", "decode", 64].figures.decoding
+    whole = decoded[0]["softmax", "decode", 64].figures.decoding
+    assert [2 * size for size in halved.state_bytes] == whole.state_bytes
 
 
 @pytest.mark.parametrize("name", ["softmax", "cosformer", "rfa"])

@@ -38,7 +38,7 @@ REAL_LENGTHS = {"median": 1050.0, "sigma": 0.654, "least": 32}
 DECODED = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)
 """Where a generation is told, in parts of its length."""
 
-WINDOW = 1 / 64
+WINDOW = 1 / 32
 """Tokens before each of these positions whose median counts, in parts of the length."""
 
 

@@ -122,7 +122,10 @@ def conditions_line(panel: Panel) -> str:
     given, every = panel.conditions, [m for row in panel.rows.values() for m in row.values()]
     model = given.model
     filled = "all positions filled" if given.filled else "lengths as of IMDb's reviews, cut at N"
-    pieces = "" if given.micro_batches == 1 else f", in {given.micro_batches} micro-batches"
+    pieces = ", batches whole"
+    if given.micro_batches != 1:
+        count = "as in training" if given.micro_batches == "auto" else f"of {given.micro_batches}"
+        pieces = f", batches in micro-batches {count}"
     days = sorted(m.date[:10] for m in every)
     dates = days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}"
     commands = "; ".join(f"`{command}`" for command in dict.fromkeys(m.command for m in every))
