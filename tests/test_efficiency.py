@@ -154,7 +154,8 @@ def test_a_heading_tells_all_conditions(write):
     assert line == (
         "CPU A, 2 threads, fp32, torch 2.9.0; batch 32, 2 layers of 64 dimensions, 2 heads of 32, "
         "feed-forward 128, vocabulary 512, dropout 0.1, attention dropout 0; all positions filled, "
-        "batches whole; memory: resident set, above what was held before the model; 2025-01-01; `lra bench`."
+        "batches whole; memory: resident set, above what was held before the model; 2025-01-01; "
+        "`lra bench`."
     )
 
 
