@@ -65,7 +65,10 @@ class Heavy(Linear):
 
     def attend(self, q, k, v, context):
         held = torch.ones(self.config.megabytes * 250_000)
-        time.sleep(self.config.nap)
+        if self.config.nap:
+            with open("pid", "w") as file:
+                file.write(str(os.getpid()))
+            time.sleep(self.config.nap)
         if self.config.exit_code:
             os._exit(self.config.exit_code)
         return super().attend(q, k, v, context)
@@ -306,6 +309,23 @@ def test_a_crash_is_told_and_fails_the_command(heavy):
     cell = measured(out)["heavy exit_code=3", "infer", 16]
     assert cell.status == "failed"
     assert "exit code 3" in cell.reason
+
+
+@LINUX
+def test_a_signal_ends_the_cell_too_and_keeps_what_is_finished(tmp_path, environment):
+    (tmp_path / "heavy_plugin.py").write_text(PLUGIN)
+    asked = ["plugins=[heavy_plugin]", "attention=heavy", "attention.nap=60", "mode=infer", *TEXT]
+    command = [sys.executable, "-m", "lra", "bench", *asked, "lengths=16", "out=out"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE)
+    pid = tmp_path / "pid"
+    end = time.monotonic() + 60
+    while not (pid.exists() and pid.read_text()) and time.monotonic() < end:
+        time.sleep(0.05)
+    process.terminate()
+    process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert not os.path.exists(f"/proc/{pid.read_text()}")
+    assert len(lines(tmp_path / "out")) == 1  # the ceilings
 
 
 @pytest.mark.parametrize(

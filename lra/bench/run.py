@@ -7,7 +7,8 @@ import shlex
 import signal
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
@@ -49,12 +50,25 @@ def bench(overrides: Sequence[str]) -> int:
     asked = plan(overrides, plugins)
     asked.path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with locked(asked.path, wait=False):
+        with locked(asked.path, wait=False), _stoppable():
             failed = _measure(asked, shareable(shlex.join(["lra", "bench", *overrides])))
             efficiency.write(asked.path)
     except Busy:
         raise ValueError(f"Another lra bench is writing to {asked.path}: wait for it.") from None
     return int(failed)
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Ends by KeyboardInterrupt on each signal that asks for an end, so that no process is left."""
+    # SIGINT too: a shell starts background jobs with it ignored.
+    ends = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    previous = {number: signal.signal(number, signal.default_int_handler) for number in ends}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _measure(asked: Plan, command: str) -> bool:
