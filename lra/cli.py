@@ -16,6 +16,7 @@ examples:
   lra train -m 'task=glob(*)' 'attention=glob(*)' seed=0,1,2 --dry-run
   lra status
   lra eval runs/quick/listops/softmax/s0-1a2b3c4d
+  lra bench attention=softmax,cosformer lengths=1024,2048
   lra report
   lra compare softmax cosformer --protocol quick
   lra data task=listops protocol=quick
@@ -45,6 +46,28 @@ starts nothing, and prints each run, how far it is and the time it will take.
 conf/config.yaml and conf/protocol/ have every key and its meaning.
 """
 
+BENCH_HELP = """\
+usage: lra bench [KEY=VALUE ...]
+
+Measure speed and memory of attentions by length, each cell in a fresh process, and write tables and
+figures to results/. Cells that are measured are kept: the same command goes on where it was cut,
+and other commands add rows.
+
+  attention=NAME,NAME                      all that fit unless named; attention.OPTION=VALUE
+  mode=train,infer                         training step, forward pass
+  mode=decode                              generation token by token, to the length
+  lengths=1024,2048,3072,4096 batch=32     of the sequences; the model is made for its length
+  device=auto precision=auto threads=2     auto, cpu, cuda; auto, fp32, bf16
+  model.layers=2 model.dim=64 ...          the model around the attention; shape=text or decode
+  filled=false                             real lengths instead of whole ones
+  micro_batches=1                          whole batches; auto: in pieces, as lra train runs them
+  memory_gb=4 seconds=60                   limits of a cell; beyond them it is a cross, or marked
+  reuse=never                              measure again
+  out=results                              folder to write to
+
+conf/bench.yaml and conf/shape/ have every key and its meaning.
+"""
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs `lra` and exits: 0 for success, 1 for a failed run, 2 for a mistake in the call."""
@@ -54,7 +77,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     LOG.setLevel(logging.INFO)
     LOG.propagate = False
     try:
-        code = _train(arguments[1:]) if arguments[:1] == ["train"] else _other(arguments)
+        if arguments[:1] == ["train"]:
+            code = _train(arguments[1:])
+        elif arguments[:1] == ["bench"]:
+            code = _bench(arguments[1:])
+        else:
+            code = _other(arguments)
         sys.stdout.flush()
     except ValueError as error:
         print(f"lra: {error}", file=sys.stderr)
@@ -110,6 +138,18 @@ def _train(arguments: list[str]) -> int:
     return {"ok": 0, "interrupted": 130}.get(record.status, 1)
 
 
+def _bench(overrides: list[str]) -> int:
+    flags = [a for a in overrides if a.startswith("-")]
+    if {"-h", "--help"} & set(flags):
+        print(BENCH_HELP, end="")
+        return 0
+    if flags:
+        raise ValueError(f"lra bench has no option {' '.join(flags)}: it takes key=value.")
+    from lra.bench.run import bench
+
+    return bench(overrides)
+
+
 def _other(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="lra",
@@ -126,6 +166,7 @@ def _other(arguments: list[str]) -> int:
         metavar="FOLDER | KEY=VALUE",
         help="folder of runs (default: runs), or the overrides of lra train -m",
     )
+    commands.add_parser("bench", help="measure speed and memory by length", add_help=False)
     command = commands.add_parser("eval", help="score a run's checkpoint on the test set again")
     command.add_argument("folder", type=Path, metavar="RUN_FOLDER")
     command = commands.add_parser("report", help="write the tables of all runs to results/")

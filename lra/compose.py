@@ -10,7 +10,7 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -123,13 +123,47 @@ def load_attentions(overrides: Iterable[str]) -> list[tuple[str, dict[str, Any]]
     return found
 
 
-class _Composer:
-    """Hydra's parser, group listing and compose call, while Hydra is initialised."""
+def load_section(config: str, groups: Sequence[str], overrides: Iterable[str]) -> dict[str, Any]:
+    """Composes another file of conf/ than config.yaml.
 
-    def __init__(self) -> None:
+    Args:
+        config: Its name.
+        groups: The groups that its defaults choose from.
+        overrides: Hydra overrides of its keys; a comma-separated value is a list.
+
+    Returns:
+        Its keys, as plain containers; their types are the caller's to check.
+
+    Raises:
+        ValueError: One message with every problem: names and keys.
+    """
+    with _composer([], config, groups) as composer:
+        listed = []
+        for override in composer.parse(overrides):
+            text = override.input_line
+            if override.is_sweep_override():
+                values = ",".join(override.sweep_string_iterator())
+                text = f"{override.get_key_element()}=[{values}]"
+            listed.append(text)
+        sound, problems = composer.sound(composer.parse(listed))
+        if problems:
+            raise ValueError("\n".join(problems))
+        return composer.compose([override.input_line for override in sound])
+
+
+class _Composer:
+    """Hydra's parser, group listing and compose call, while Hydra is initialised.
+
+    Args:
+        config_name: The file of conf/ that is composed.
+        groups: The groups that its defaults choose from.
+    """
+
+    def __init__(self, config_name: str, groups: Sequence[str]) -> None:
         from hydra.core.global_hydra import GlobalHydra
         from hydra.core.override_parser.overrides_parser import OverridesParser
 
+        self.config_name, self.groups = config_name, groups
         self.loader = GlobalHydra.instance().config_loader()
         self.parser = OverridesParser.create(config_loader=self.loader)
         self._composed: dict[tuple[str, ...], dict[str, Any]] = {}
@@ -177,7 +211,7 @@ class _Composer:
         Raises:
             ValueError: One message with every problem: names, keys, types and values.
         """
-        sound, problems = self._sound(self.parse(overrides))
+        sound, problems = self.sound(self.parse(overrides))
         composed = self.compose([o.input_line for o in sound])
         protocol = self.compose([o.input_line for o in sound if o.key_or_group in GROUPS])
         with _collecting(problems):
@@ -206,19 +240,19 @@ class _Composer:
                 config.modified[key] = [asked.get(key), value]
         return config
 
-    def _sound(self, overrides: list[Any]) -> tuple[list[Any], list[str]]:
+    def sound(self, overrides: list[Any]) -> tuple[list[Any], list[str]]:
         """Returns the overrides of names and keys that exist, and what is wrong with the others."""
         problems, wrong = [], []
         for override in overrides:
-            if override.key_or_group in GROUPS and override.is_delete():
+            if override.key_or_group in self.groups and override.is_delete():
                 problems.append(f"{override.key_or_group} cannot be left out.")
                 wrong.append(override)
-            elif override.key_or_group in GROUPS:
+            elif override.key_or_group in self.groups:
                 options = self.loader.get_group_options(override.key_or_group)
                 if override.value() not in options:
                     problems.append(unknown(override.key_or_group, str(override.value()), options))
                     wrong.append(override)
-        groups = [o for o in overrides if o.key_or_group in GROUPS and o not in wrong]
+        groups = [o for o in overrides if o.key_or_group in self.groups and o not in wrong]
         chosen = dict(_flatten(self.compose([o.input_line for o in groups])))
         keys = [key for key in chosen if not key.endswith(".name")]
         open_sections = {o.key_or_group for o in wrong}  # nobody knows what they would hold
@@ -227,7 +261,7 @@ class _Composer:
             section = name.rpartition(".")[0]
             if section in open_sections:
                 wrong.append(override)
-            elif not (name in keys or name in GROUPS or name.startswith(("hydra.", "hydra/"))):
+            elif not (name in keys or name in self.groups or name.startswith(("hydra.", "hydra/"))):
                 siblings = [key for key in keys if key.rpartition(".")[0] == section]
                 problems.append(unknown("key", name, siblings))
                 wrong.append(override)
@@ -247,7 +281,7 @@ class _Composer:
         from omegaconf.errors import OmegaConfBaseException
 
         try:
-            config = compose("config", overrides=overrides)
+            config = compose(self.config_name, overrides=overrides)
             return OmegaConf.to_container(config, resolve=True)
         except MissingConfigException as error:
             folder, _, task = str(error.missing_cfg_file).rpartition("/")
@@ -285,16 +319,18 @@ def _lines(overrides: list[str]) -> list[list[str]]:
 
 
 @contextmanager
-def _composer(overrides: list[str]) -> Iterator[_Composer]:
+def _composer(
+    overrides: list[str], config_name: str = "config", groups: Sequence[str] = GROUPS
+) -> Iterator[_Composer]:
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
     store_groups(overrides)
     if GlobalHydra.instance().is_initialized():  # inside a job of a sweep
-        yield _Composer()
+        yield _Composer(config_name, groups)
         return
     with initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
-        yield _Composer()
+        yield _Composer(config_name, groups)
 
 
 def store_groups(overrides: list[str]) -> None:

@@ -1,5 +1,6 @@
 """What a run measures: clocks, peak memory, and the facts of its machine and code."""
 
+import errno
 import os
 import platform
 import subprocess
@@ -8,7 +9,7 @@ import weakref
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -165,6 +166,18 @@ def resolve_precision(setting: str, device: torch.device) -> tuple[str, str]:
     if torch.cuda.is_bf16_supported():
         return "bf16", "auto: the GPU computes in bf16"
     return "fp32", "auto: the GPU does not compute in bf16"
+
+
+def failure(error: Exception) -> tuple[Literal["oom", "failed"], str]:
+    """Returns the status and the reason for an error that ended a run."""
+    message = str(error).strip() or type(error).__name__
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate" in message:
+        return "oom", message.splitlines()[0]
+    if isinstance(error, ValueError):
+        return "failed", message
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return "failed", f"the disk is full: {error.filename or message}"
+    return "failed", f"{type(error).__name__}: {message.splitlines()[0]}"
 
 
 def device_facts(device: torch.device) -> dict[str, Any]:

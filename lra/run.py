@@ -1,7 +1,6 @@
 """One run from its configuration to its record: folder, lock, log, signals, and how it ended."""
 
 import contextlib
-import errno
 import json
 import logging
 import shlex
@@ -15,14 +14,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lra import checkpoint, measure, record
 from lra.batches import Batches
 from lra.compose import import_plugins
 from lra.config import RunConfig
 from lra.files import Busy, canonical_json, locked, short_hash
 from lra.record import Record, Score
+from lra.text import shareable
 from lra.train import Stopped, Trainer, autocast, build_model, evaluate, tested
 from lra.typed import from_mapping
 
@@ -73,7 +71,7 @@ def new_record(config: RunConfig) -> Record:
     device = measure.resolve_device(config.device)
     precision, reason = measure.resolve_precision(config.precision, device)
     task = config.build_task()
-    settings = json.loads(_shareable(canonical_json(asdict(config))))
+    settings = json.loads(shareable(canonical_json(asdict(config))))
     for told_elsewhere in ("modified", "non_default", "trial_of"):
         del settings[told_elsewhere]
     return Record(
@@ -94,7 +92,7 @@ def new_record(config: RunConfig) -> Record:
         },
         seed=config.seed,
         config=settings,
-        command=_shareable(shlex.join(["lra", *sys.argv[1:]])),
+        command=shareable(shlex.join(["lra", *sys.argv[1:]])),
         started=datetime.now(UTC).isoformat(timespec="seconds"),
         precision={"name": precision, "reason": reason},
         device=measure.device_facts(device) | {"runs_at_once": config.runs_at_once},
@@ -161,9 +159,9 @@ def _run_recorded(config: RunConfig, current: Record, folder: Path, data_hash: s
         except KeyboardInterrupt:
             current.status, current.reason = "interrupted", "stopped at once, without a checkpoint"
         except Exception as error:
-            current.status, current.reason = _failure(error)
+            current.status, current.reason = measure.failure(error)
             LOG.debug("%s", traceback.format_exc())
-        current.reason = _shareable(current.reason)
+        current.reason = shareable(current.reason)
         if trainer is not None:
             try:
                 trainer.complete_record()
@@ -200,12 +198,6 @@ def _check_data(manifest: Mapping[str, Any], folder: Path, data_hash: str | None
         )
 
 
-def _shareable(text: str) -> str:
-    """Returns ``text`` with the user's home folder, which has the user's name in it, as ``~``."""
-    home = str(Path.home())
-    return text.replace(home, "~") if len(home) > 1 else text
-
-
 def _train(trainer: Trainer) -> None:
     """Trains and tests; of a run that is stopped, keeps the last whole step."""
     try:
@@ -225,18 +217,6 @@ def _unchosen(trials: list[dict[str, Any]]) -> tuple[record.Status, str]:
     ends = {trial["status"] for trial in trials}
     told = "; ".join(f"lr={t['lr']:g} {t['status']}: {t['reason']}" for t in trials)
     return ends.pop() if len(ends) == 1 else "failed", f"no trial came to its end: {told}"
-
-
-def _failure(error: Exception) -> tuple[record.Status, str]:
-    """Returns the status and the reason for an error that ended a run."""
-    message = str(error).strip() or type(error).__name__
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate" in message:
-        return "oom", message.splitlines()[0]
-    if isinstance(error, ValueError):
-        return "failed", message
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return "failed", f"the disk is full: {error.filename or message}"
-    return "failed", f"{type(error).__name__}: {message.splitlines()[0]}"
 
 
 def evaluate_again(folder: Path) -> tuple[Record, Score]:

@@ -1,6 +1,7 @@
-"""Text for the terminal."""
+"""Text for the terminal and for records."""
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 
 def aligned(rows: Iterable[Sequence[str]]) -> str:
@@ -9,3 +10,9 @@ def aligned(rows: Iterable[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(line.rstrip() for line in lines)
+
+
+def shareable(text: str) -> str:
+    """Returns ``text`` with the user's home folder, which has the user's name in it, as ``~``."""
+    home = str(Path.home())
+    return text.replace(home, "~") if len(home) > 1 else text

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from lra import checkpoint, measure
 from lra.batches import Batches, resolve_micro_batches
 from lra.checkpoint import Metrics, State, Timed
-from lra.config import RunConfig, TrainConfig
+from lra.config import ModelConfig, RunConfig, TrainConfig
 from lra.record import (
     Progress,
     Record,
@@ -367,7 +367,20 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 def build_model(config: RunConfig, task: Task, attention: str | None = None) -> Classifier:
     """Builds the run's model; with ``attention``, the same with that mechanism's defaults."""
-    model = config.model
+    options: dict[str, Any] = {} if attention else config.attention_options
+    return build_classifier(
+        config.model,
+        attention or config.attention["name"],
+        options,
+        num_classes=task.num_classes,
+        dual=task.dual,
+    )
+
+
+def build_classifier(
+    model: ModelConfig, attention: str, options: dict[str, Any], *, num_classes: int, dual: bool
+) -> Classifier:
+    """Builds the model of a configuration's model section."""
     shape = EncoderShape(
         layers=model.layers,
         dim=model.dim,
@@ -384,16 +397,15 @@ def build_model(config: RunConfig, task: Task, attention: str | None = None) -> 
         norm_eps=model.norm_eps,
         init=model.init,
     )
-    options: dict[str, Any] = {} if attention else config.attention_options
     return Classifier(
         shape,
-        attention or config.attention["name"],
+        attention,
         options,
-        num_classes=task.num_classes,
+        num_classes=num_classes,
         head_dims=model.classifier_dims,
         pooling=model.pooling,
         zero_is_padding=model.zero_is_padding,
-        dual=task.dual,
+        dual=dual,
         nli_features=model.nli_features,
     )
 

@@ -85,15 +85,26 @@ class MultiHeadAttention(nn.Module):
                 if linear.bias is not None:
                     nn.init.normal_(linear.bias, std=1e-6)
 
-    def forward(self, x: Tensor, key_mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, key_mask: Tensor | None, causal: bool = False) -> Tensor:
         """Maps (B, N, C) to (B, N, C); ``key_mask`` is bool (B, N), True for real tokens."""
-        projected = self.project(x).unflatten(-1, (self.parts, self.heads, -1))
-        q, *k, v = projected.permute(2, 0, 3, 1, 4).unbind(0)
+        q, *k, v = self._projected(x)
         if self.rotary is not None:
             q, *k = (self.rotary(part) for part in (q, *k))
         hidden = x if self.attention.capabilities.needs_hidden else None
-        out = self.attention(q, k[0] if k else q, v, key_mask=key_mask, hidden=hidden)
+        out = self.attention(q, k[0] if k else q, v, key_mask, causal, hidden)
         return self.out(out.transpose(1, 2).flatten(2))
+
+    def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """Maps one token (B, 1, C) and the attention's state to (B, 1, C) and the next state."""
+        q, *k, v = self._projected(x)
+        hidden = x if self.attention.capabilities.needs_hidden else None
+        out, state = self.attention.step(q, k[0] if k else q, v, state, hidden)
+        return self.out(out.transpose(1, 2).flatten(2)), state
+
+    def _projected(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Returns queries, keys (unless queries serve as keys) and values, (B, H, N, D) each."""
+        projected = self.project(x).unflatten(-1, (self.parts, self.heads, -1))
+        return projected.permute(2, 0, 3, 1, 4).unbind(0)
 
 
 def token_mixing(shape: EncoderShape, attention: str, options: dict[str, Any]) -> nn.Module:
@@ -138,10 +149,16 @@ class Block(nn.Module):
                 nn.init.normal_(linear.bias, std=1e-6)
         self.dropout = Dropout(shape.dropout)
 
-    def forward(self, x: Tensor, key_mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, key_mask: Tensor | None, causal: bool = False) -> Tensor:
         """Maps (B, N, C) to (B, N, C)."""
-        x = x + self.dropout(self.attention(self.attention_norm(x), key_mask))
+        x = x + self.dropout(self.attention(self.attention_norm(x), key_mask, causal))
         return x + self.ffn(self.ffn_norm(x))
+
+    def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """Maps one token (B, 1, C) and the attention's state to (B, 1, C) and the next state."""
+        mixed, state = self.attention.step(self.attention_norm(x), state)
+        x = x + self.dropout(mixed)
+        return x + self.ffn(self.ffn_norm(x)), state
 
 
 class Encoder(nn.Module):
@@ -163,7 +180,7 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(Block(shape, attention, options) for _ in range(shape.layers))
         self.norm = nn.LayerNorm(shape.dim, eps=shape.norm_eps)
 
-    def forward(self, tokens: Tensor, key_mask: Tensor | None) -> Tensor:
+    def forward(self, tokens: Tensor, key_mask: Tensor | None, causal: bool = False) -> Tensor:
         """Maps token ids (B, N) to (B, N, C), or (B, 1 + N, C) with a CLS vector first.
 
         Args:
@@ -171,6 +188,7 @@ class Encoder(nn.Module):
             key_mask: Bool (B, N), True where a token may be attended to; None for all. Rows of
                 others attend too, but a mechanism for which the length matters takes the last
                 True for the end of the sequence.
+            causal: Whether a token feels those up to itself only.
         """
         x = self.tokens(tokens)
         if self.cls is not None:
@@ -181,7 +199,7 @@ class Encoder(nn.Module):
             x = x + self.positions.weight[: x.shape[1]]
         x = self.dropout(x)
         for block in self.blocks:
-            x = block(x, key_mask)
+            x = block(x, key_mask, causal)
         return self.norm(x)
 
 

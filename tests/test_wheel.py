@@ -72,6 +72,7 @@ def installed(site, tmp_path):
 def test_the_wheel_has_all_sources_and_all_of_conf_and_nothing_else(sources, wheel):
     files = [path.relative_to(sources) for name in PACKAGED for path in (sources / name).rglob("*")]
     expected = {str(path) for path in files if path.suffix == ".py"}
+    expected |= {str(path) for path in files if path.suffix == ".csv"}
     expected |= {f"lra/{path}" for path in files if path.suffix in (".yaml", ".md")}
     assert {"lra/cli.py", "models/encoder.py", "lra/conf/config.yaml"} <= expected
     names = zipfile.ZipFile(wheel).namelist()

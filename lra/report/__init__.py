@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lra.files import write_text
-from lra.report import figures, pages
+from lra.report import efficiency, figures, pages
 from lra.report.leaderboard import Board
 from lra.report.store import read
 
 
 def write(runs: Sequence[Path], out: Path) -> list[Path]:
     """Writes the leaderboard and the figures of every protocol, and prints the leaderboards.
+
+    Tables of what `lra bench` has left in ``out`` are written again.
 
     Args:
         runs: Folders of runs, one's own and others'; every ``record.json`` below them is read.
@@ -43,4 +45,6 @@ def write(runs: Sequence[Path], out: Path) -> list[Path]:
         write_text(path.with_suffix(".tex"), pages.tex(board))
         drawn = figures.write(board, out)
         print(f"{markdown}\nwritten to {path}.md, .csv and .tex; {', '.join(map(str, drawn))}")
+    for path in sorted(out.glob("efficiency-*.jsonl")):
+        efficiency.write(path)
     return tables

@@ -8,7 +8,7 @@ import numpy as np
 
 from lra.report.leaderboard import Board, Row
 from lra.report.store import Run, predictions, read
-from lra.report.tables import DASH, Table
+from lra.report.table import Table
 from lra.typed import unknown
 
 SAMPLES = 10_000
@@ -64,8 +64,8 @@ def compare(a: str, b: str, runs: Sequence[Path], protocol: str | None = None) -
     for name in dict.fromkeys(key[0] for key in shared):
         tasks = [key for key in shared if key[0] == name]
         pairs = [(key[1], boards["a"][key], boards["b"][key]) for key in tasks]
-        print(f"protocol {name}: B = {b} against A = {a}\n")
-        print(_table(bootstrap(pairs)).markdown() + "\n")
+        print(_table(f"protocol {name}: B = {b} against A = {a}", bootstrap(pairs)).markdown())
+        print()
     print(
         f"B − A in percentage points: 95 % interval and two-sided p-value of {SAMPLES:,} paired "
         f"bootstrap samples\nof the test examples, and of the seeds where both have several. With "
@@ -170,7 +170,7 @@ def _boards(
     }
 
 
-def _table(comparisons: Sequence[Comparison]) -> Table:
+def _table(heading: str, comparisons: Sequence[Comparison]) -> Table:
     headers = ["task", "n", "seeds A, B", "A %", "B %", "B − A", "95 % interval", "p"]
     rows = [
         [
@@ -185,7 +185,7 @@ def _table(comparisons: Sequence[Comparison]) -> Table:
         ]
         for c in comparisons
     ]
-    return Table(headers, rows or [[DASH] * len(headers)])
+    return Table(heading, headers, rows)
 
 
 def _signed(value: float) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 
 from lra.report.leaderboard import MARKS, NOT_AVERAGED, Board, Row, TaskTable
-from lra.report.tables import DASH, Table, latex
+from lra.report.table import CROSS, DASH, Table, escaped
 
 HEADERS = (
     "attention",
@@ -26,22 +26,18 @@ HEADERS = (
 
 def markdown(board: Board) -> str:
     """Returns the leaderboard as a Markdown document."""
-    parts = [f"# Leaderboard, protocol {board.protocol}"]
-    for title, about, table, notes in _sections(board):
-        parts += [f"## {title}", *about, table.markdown()]
-        if notes:
-            parts.append("\\\n".join(notes))
-    parts.append(_origin(board))
-    return "\n\n".join(parts) + "\n"
+    tables = [table.markdown(level=2) for table in _tables(board)]
+    title = f"# Leaderboard, protocol {board.protocol}"
+    return "\n\n".join([title, *tables, _origin(board)]) + "\n"
 
 
 def tex(board: Board) -> str:
     """Returns the leaderboard as LaTeX tables, to be read in by a document."""
-    parts = [f"% Leaderboard, protocol {board.protocol}. Needs \\usepackage{{booktabs}}."]
-    for title, about, table, notes in _sections(board):
-        caption = " ".join([f"{title[0].upper()}{title[1:]}, protocol {board.protocol}.", *about])
-        parts.append(table.latex(caption, notes))
-    parts.append(f"% {latex(_origin(board))}")
+    parts = [
+        f"% Leaderboard, protocol {board.protocol}. Needs \\usepackage{{booktabs}}.",
+        *(table.tex(f"Protocol {board.protocol}.") for table in _tables(board)),
+        f"% {escaped(_origin(board))}",
+    ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -77,18 +73,16 @@ def csv(board: Board) -> str:
     return pd.DataFrame(lines).convert_dtypes().to_csv(index=False, lineterminator="\n")
 
 
-def _sections(board: Board) -> list[tuple[str, list[str], Table, list[str]]]:
-    """Returns title, what is said above, table and notes of each part."""
-    parts = []
-    if len(board.tables) > 1:
-        parts.append(_summary(board))
-    parts += [_task(table) for table in board.tables]
+def _tables(board: Board) -> list[Table]:
+    tables = [_task(table) for table in board.tables]
+    if len(tables) > 1:
+        tables.insert(0, _summary(board))
     if board.published():
-        parts.append(_beside_published(board))
-    return parts
+        tables.append(_beside_published(board))
+    return [table.without_empty_columns() for table in tables]
 
 
-def _summary(board: Board) -> tuple[str, list[str], Table, list[str]]:
+def _summary(board: Board) -> Table:
     names = _titles(board.tables)
     averaged = [names[i] for i in board.averaged]
     headers = ["attention", "rank", *names, f"average of {len(averaged)}"]
@@ -117,10 +111,10 @@ def _summary(board: Board) -> tuple[str, list[str], Table, list[str]]:
     notes = [f"Average of {', '.join(averaged)}, where a row has them all."]
     notes += [f"{name} is left out of the average, as in the arena's table." for name in left_out]
     marks = "".join(row.marks for s in board.summary for row in s.cells.values())
-    return "all tasks", about, Table(headers, rows), notes + _explained(marks)
+    return Table("all tasks", headers, rows, notes + _explained(marks), about)
 
 
-def _task(table: TaskTable) -> tuple[str, list[str], Table, list[str]]:
+def _task(table: TaskTable) -> Table:
     conditions = {row.conditions for row in table.rows if row.accuracy is not None}
     rows = [_cells(row, told=len(conditions) > 1) for row in table.rows]
     rows += [
@@ -128,15 +122,11 @@ def _task(table: TaskTable) -> tuple[str, list[str], Table, list[str]]:
         for name, accuracy in table.rules.items()
     ]
     notes = [f"Speed and memory: {next(iter(conditions))}."] if len(conditions) == 1 else []
-    return (
-        table.task,
-        [_about(table)],
-        Table(HEADERS, rows),
-        notes + _explained("".join(row.marks for row in table.rows)),
-    )
+    notes += _explained("".join(row.marks for row in table.rows))
+    return Table(table.task, HEADERS, rows, notes, [_about(table)])
 
 
-def _beside_published(board: Board) -> tuple[str, list[str], Table, list[str]]:
+def _beside_published(board: Board) -> Table:
     rows = board.published()
     protocols = {cell.source: cell.protocol for _, _, cells in rows for cell in cells.values()}
     sources = sorted(protocols, key=lambda s: (protocols[s] != board.protocol, s))
@@ -213,7 +203,7 @@ def _accuracy(row: Row | None, seeds: bool = False) -> str:
     if row is None:
         return DASH
     if row.accuracy is None:
-        return row.status if row.status == "running" else "✗ " + row.status
+        return row.status if row.status == "running" else f"{CROSS} {row.status}"
     text = f"{row.accuracy:.2f}"
     if row.sd is not None:
         text += f" ± {row.sd:.2f}" + (f" ({row.seeds})" if seeds else "")

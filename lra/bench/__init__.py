@@ -1,0 +1,1 @@
+"""Speed and memory by length: `lra bench`. Each cell is measured in a fresh process."""

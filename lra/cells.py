@@ -1,0 +1,227 @@
+"""Cells of `lra bench`: what was measured of one attention at one length, kept a line a cell."""
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from lra.files import short_hash
+from lra.typed import from_mapping
+
+Mode = Literal["train", "infer", "decode"]
+Status = Literal["ok", "oom", "timeout", "failed"]
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What cells must share to be compared.
+
+    Attributes:
+        batch: Sequences of a step.
+        filled: Whether all have the full length.
+        micro_batches: Pieces a batch is run in, or auto.
+        model: The model around the attention, but its length.
+        precision: ``fp32`` or ``bf16``.
+        device: Kind (cpu, cuda), name and threads.
+        torch: Version of torch.
+    """
+
+    batch: int
+    filled: bool
+    micro_batches: int | Literal["auto"]
+    model: dict[str, Any]
+    precision: Literal["fp32", "bf16"]
+    device: dict[str, Any]
+    torch: str
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is measured.
+
+    Attributes:
+        attention: Registered name.
+        options: Its options that are not default.
+        mode: ``train``: a training step; ``infer``: a forward pass; ``decode``: generation.
+        length: Positions of a sequence, and of the model; the tokens generated.
+        conditions: All else that the figures depend on.
+    """
+
+    attention: str
+    options: dict[str, Any]
+    mode: Mode
+    length: int
+    conditions: Conditions
+
+    @property
+    def key(self) -> str:
+        """The same for equal cells only."""
+        return short_hash(dataclasses.asdict(self), 12)
+
+    @property
+    def name(self) -> str:
+        """The attention with its options, as a table's row is called."""
+        return self.attention + "".join(f" {key}={value}" for key, value in self.options.items())
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles of repeated measurements, in seconds."""
+
+    median: float
+    low: float
+    high: float
+    repetitions: int
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Generation by position.
+
+    Attributes:
+        positions: Numbers of tokens generated.
+        seconds: Median time a token (of each sequence) just before each position.
+        tokens_per_second: Tokens of all sequences, from the start to each position.
+        state_bytes: Memory of the recurrent state there, all layers and sequences.
+    """
+
+    positions: list[int]
+    seconds: list[float]
+    tokens_per_second: list[float]
+    state_bytes: list[int]
+
+    @property
+    def variation(self) -> float:
+        """The slowest of the positions' times over the fastest, minus 1."""
+        return max(self.seconds) / min(self.seconds) - 1
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What one process measured.
+
+    Attributes:
+        step: Time of a step; in generation, of the last tokens.
+        peak_bytes: Peak memory above what was held before the model was built.
+        memory_kind: What the peak counts, or why there is none.
+        parameters: Trainable parameters.
+        flops: Floating point operations of a step, by the declared costs.
+        bytes: Bytes that a step must move at least.
+        decoding: Generation by position.
+    """
+
+    step: Spread
+    peak_bytes: int | None
+    memory_kind: str
+    parameters: int
+    flops: float
+    bytes: float
+    decoding: Decoding | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A cell and how it ended.
+
+    Attributes:
+        cell: What was measured.
+        status: ``oom`` and ``timeout`` are results: beyond the limit of memory or time.
+        reason: Why, where the status is not ``ok``.
+        memory_gb: The limit of the process's memory, GB; None where the device sets it.
+        seconds: The limit of the process's time.
+        date: When it ended, UTC, ISO 8601.
+        command: The command line.
+        figures: What was measured; None unless the status is ``ok``.
+    """
+
+    cell: Cell
+    status: Status
+    reason: str
+    memory_gb: float | None
+    seconds: float
+    date: str
+    command: str
+    figures: Figures | None = None
+
+    def holds(self, memory_gb: float | None, seconds: float) -> bool:
+        """Whether measuring again under other limits would tell nothing new."""
+        if self.status == "ok":
+            return True
+        if self.status == "timeout":
+            return seconds <= self.seconds
+        if self.status == "oom":
+            return self.memory_gb == memory_gb or (
+                None not in (self.memory_gb, memory_gb) and memory_gb <= self.memory_gb
+            )
+        return False
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What a machine can do at best.
+
+    Attributes:
+        precision: ``fp32`` or ``bf16``.
+        device: Kind, name and threads.
+        torch: Version of torch.
+        flops_per_second: Of a large matrix product.
+        bytes_per_second: Read and written by a large copy.
+        date: When it was measured, UTC, ISO 8601.
+    """
+
+    precision: str
+    device: dict[str, Any]
+    torch: str
+    flops_per_second: float
+    bytes_per_second: float
+    date: str
+
+
+@dataclass(frozen=True)
+class Store:
+    """The lines of a file of cells, the latest of each cell.
+
+    Attributes:
+        cells: By key.
+        ceilings: In the order they were measured.
+    """
+
+    cells: dict[str, Measured] = field(default_factory=dict)
+    ceilings: list[Ceilings] = field(default_factory=list)
+
+
+def load(path: Path) -> Store:
+    """Reads a file of cells; none if it is not there.
+
+    A last line without an end is left out: it was cut while it was written.
+
+    Raises:
+        ValueError: If another line is damaged; it names file and line.
+    """
+    store = Store()
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            values = json.loads(line)
+            if "cell" in values:
+                measured = from_mapping(Measured, values, "")
+                store.cells[measured.cell.key] = measured
+            else:
+                store.ceilings.append(from_mapping(Ceilings, values, ""))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}, line {number}: {error}. Delete the line.") from None
+    return store
+
+
+def append(path: Path, entry: Measured | Ceilings) -> None:
+    """Adds a line, and removes what is left of one that was cut."""
+    line = json.dumps(dataclasses.asdict(entry)) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(line.encode())
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,72 @@
+"""The decoder: token by token it gives what it gives at once."""
+
+import pytest
+import torch
+
+from models.attention import ATTENTIONS, capabilities
+from models.decoder import Decoder
+from models.encoder import EncoderShape
+
+SHAPE = {
+    "layers": 2,
+    "dim": 16,
+    "heads": 2,
+    "head_dim": 8,
+    "ffn_dim": 32,
+    "vocab_size": 11,
+    "max_len": 20,
+    "dropout": 0.0,
+    "attention_dropout": 0.0,
+    "positions": "learned",
+    "cls": False,
+    "projection_bias": True,
+    "norm_eps": 1e-5,
+    "init": "normal",
+}
+RECURRENT = [name for name in ATTENTIONS.names() if capabilities(name, {}).recurrent]
+
+
+def decoder(attention, options=None, **changes):
+    torch.manual_seed(0)
+    shape = EncoderShape(**SHAPE | changes)
+    return Decoder(shape, attention, options or {}).double().eval()
+
+
+@pytest.mark.parametrize("positions", ["learned", "sinusoidal"])
+@pytest.mark.parametrize(
+    ("name", "options"), [*((name, {}) for name in RECURRENT), ("rfa", {"gate": True})]
+)
+def test_steps_give_the_logits_of_the_whole_sequence(name, options, positions):
+    model = decoder(name, options, positions=positions)
+    tokens = torch.randint(0, 11, (3, 20))
+    state = model.init_state(3, torch.device("cpu"), torch.float64)
+    with torch.no_grad():
+        whole = model(tokens)
+        for i in range(20):
+            logits, state = model.step(tokens[:, i], state)
+            torch.testing.assert_close(logits, whole[:, i], atol=1e-10, rtol=1e-7)
+    assert state.position == 20
+
+
+@pytest.mark.parametrize("name", ["softmax", "cosformer"])
+def test_no_token_feels_those_after_it(name):
+    model = decoder(name)
+    tokens = torch.randint(0, 11, (1, 20))
+    other = tokens.clone()
+    other[:, 12:] = (other[:, 12:] + 1) % 11
+    with torch.no_grad():
+        difference = (model(tokens) - model(other)).abs().amax(-1)[0]
+    assert difference[:12].max() == 0
+    assert difference[12:].min() > 0
+
+
+@pytest.mark.parametrize("name", ["fnet", "linformer"])
+def test_what_has_no_recurrent_form_is_refused(name):
+    with pytest.raises(ValueError, match=f"attention={name}.*not recurrent"):
+        decoder(name)
+
+
+@pytest.mark.parametrize("changes", [{"positions": "rotary"}, {"cls": True}])
+def test_what_a_decoder_has_not_is_refused(changes):
+    with pytest.raises(ValueError, match="no CLS vector, and learned or sinusoidal"):
+        decoder("softmax", **changes)
