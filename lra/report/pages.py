@@ -144,13 +144,8 @@ def _beside_published(board: Board) -> Table:
         cells.append(line)
     about = ["Test accuracy in per cent; in brackets, how much ours is above the published figure."]
     notes = [f"{source}: protocol {protocols[source]}." for source in sources]
-    marks = "".join(row.marks for _, row, _ in rows)
-    return (
-        "beside published figures",
-        about,
-        Table(headers, cells, left=2),
-        notes + _explained(marks),
-    )
+    notes += _explained("".join(row.marks for _, row, _ in rows))
+    return Table("beside published figures", headers, cells, notes, about, left=2)
 
 
 def _titles(tables: Sequence[TaskTable]) -> list[str]:
