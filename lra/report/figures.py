@@ -74,9 +74,13 @@ def curves(board: Board) -> Figure | None:
             _mark_majority(axis.axhline, table)
         by_step.set_ylabel(f"{table.task}\nvalidation accuracy %")
         by_step.set_xlabel("step")
-        by_time.set_xlabel("minutes, evaluations included" + _shared(table))
+        by_time.set_xlabel("minutes, evaluations included")
     _legend(figure, [*axes[:, 0]])
-    _title(figure, f"Learning curves, protocol {board.protocol}", "dotted: majority class")
+    _title(
+        figure,
+        f"Learning curves, protocol {board.protocol}",
+        "dotted: majority class" + _measured(board),
+    )
     return figure
 
 
@@ -158,7 +162,7 @@ def tradeoff(board: Board) -> Figure | None:
     _title(
         figure,
         f"Score against training speed, protocol {board.protocol}",
-        "area of a circle: peak memory of training",
+        "area of a circle: peak memory of training" + _measured(board),
     )
     canvas = FigureCanvasAgg(figure)
     canvas.draw()  # names are placed where the layout has put the circles
@@ -220,9 +224,10 @@ def _mark_majority(line: Callable[..., Any], table: TaskTable) -> None:
         line(table.rules["majority class"], color="#888888", linewidth=1, linestyle=(0, (1, 2)))
 
 
-def _shared(table: TaskTable) -> str:
-    conditions = {row.conditions for row in table.rows if row.accuracy is not None}
-    return "" if len(conditions) == 1 else "; different devices"
+def _measured(board: Board) -> str:
+    """Returns what times were measured on."""
+    rows = [row for table in board.tables for row in table.rows if row.accuracy is not None]
+    return "; times on " + " and ".join(sorted({row.conditions for row in rows}))
 
 
 def _title(figure: Figure, title: str, legend: str) -> None:
