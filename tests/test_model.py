@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from encoder_shapes import SMALL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -38,23 +39,6 @@ LISTOPS = EncoderShape(
     init="normal",
 )
 """The ListOps model of Nystromformer's code."""
-
-SMALL = EncoderShape(
-    layers=2,
-    dim=16,
-    heads=2,
-    head_dim=8,
-    ffn_dim=24,
-    vocab_size=12,
-    max_len=64,
-    dropout=0.0,
-    attention_dropout=0.0,
-    positions="learned",
-    cls=False,
-    projection_bias=True,
-    norm_eps=1e-5,
-    init="normal",
-)
 
 ATTENTIONS = {
     "softmax": ("softmax", {}),

@@ -1,32 +1,18 @@
 """Rotary positions: the rotation written out, and attention that feels distances alone."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
+from encoder_shapes import SMALL
 
 from lra.compose import load
 from models import build_attention
 from models.classifier import Classifier
-from models.encoder import EncoderShape
 from models.rotary import Rotary, rotate
 
-SHAPE = EncoderShape(
-    layers=1,
-    dim=16,
-    heads=2,
-    head_dim=8,
-    ffn_dim=24,
-    vocab_size=12,
-    max_len=64,
-    dropout=0.0,
-    attention_dropout=0.0,
-    positions="rotary",
-    cls=False,
-    projection_bias=True,
-    norm_eps=1e-5,
-    init="normal",
-)
+SHAPE = dataclasses.replace(SMALL, layers=1, positions="rotary")
 
 
 def classifier(attention):

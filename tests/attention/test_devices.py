@@ -1,6 +1,7 @@
 """Devices: under bf16 gradients are finite, and a CUDA device computes what the CPU computes."""
 
 import copy
+import dataclasses
 import json
 import os
 import subprocess
@@ -10,9 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attention_cases import MECHANISMS, capabilities, for_those_with
+from encoder_shapes import SMALL
 
 from models.classifier import Classifier
-from models.encoder import EncoderShape
 
 NEEDS_GPU = (
     pytest.mark.gpu,
@@ -26,22 +27,7 @@ def on_gpu(test):
     return test
 
 
-SHAPE = EncoderShape(
-    layers=1,
-    dim=16,
-    heads=2,
-    head_dim=8,
-    ffn_dim=24,
-    vocab_size=12,
-    max_len=512,
-    dropout=0.0,
-    attention_dropout=0.0,
-    positions="learned",
-    cls=False,
-    projection_bias=True,
-    norm_eps=1e-5,
-    init="xavier",
-)
+SHAPE = dataclasses.replace(SMALL, layers=1, max_len=512, init="xavier")
 LENGTHS = torch.tensor([300, 150, 7])
 
 
@@ -108,7 +94,7 @@ def test_float32_on_the_gpu_is_near_float64(mechanism):
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
 @for_those_with("self")
 def test_bf16_with_dropout_gives_finite_gradients(mechanism, device):
-    shape = EncoderShape(**vars(SHAPE) | {"dropout": 0.1, "attention_dropout": 0.1})
+    shape = dataclasses.replace(SHAPE, dropout=0.1, attention_dropout=0.1)
     model = classifier(mechanism, shape).to(device).train()
     with torch.autocast(device, torch.bfloat16):  # the backward pass too
         logits, gradients = logits_and_gradients(model, *batch(mechanism))
