@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -423,7 +424,7 @@ def test_an_unknown_command_or_argument_is_told_with_what_there_is(lra, argument
 
 def test_a_report_without_runs_says_what_to_type(called):
     text = mistake(called("report"))
-    assert text.startswith("lra: There is no record below runs")
+    assert text.startswith("lra: There is no folder runs")
     assert "lra train" in text
     assert list(called.cwd.iterdir()) == []
 
@@ -443,7 +444,8 @@ def test_a_runs_folder_that_cannot_be_made_is_told_without_a_traceback(called):
 
 
 def test_a_results_folder_that_cannot_be_made_is_told_without_a_traceback(called):
-    FINISHED.save(called.cwd / "runs" / "a")
+    (called.cwd / "runs" / "a").mkdir(parents=True)
+    shutil.copy(ROOT / "tests" / "records" / "schema1.json", called.cwd / "runs/a/record.json")
     (called.cwd / "file").write_text("")
     done = called("report", "--out", "file/results")
     assert done.returncode in (1, 2)

@@ -98,5 +98,8 @@ def predictions(folder: Path) -> tuple[np.ndarray, np.ndarray]:
 def _records(folders: Iterable[Path]) -> Iterator[Path]:
     for folder in folders:
         if not folder.is_dir():
-            raise ValueError(f"There is no folder {folder}: name the folder of your runs.")
+            raise ValueError(
+                f"There is no folder {folder}: train first (lra train), or name the folders of "
+                f"your runs with --runs."
+            )
         yield from sorted(folder.rglob("record.json"))
