@@ -17,28 +17,10 @@ import pytest
 from lra.cli import main
 from lra.compose import load
 from lra.conformance import CHECKS
-from lra.record import Record
 from lra.tasks import TASKS
 from models.attention import ATTENTIONS
 
 ROOT = Path(__file__).parents[1]
-
-FINISHED = Record(
-    hash="aaaaaaaa",
-    protocol="smoke",
-    modified={},
-    task={"name": "listops", "version": 1, "fingerprint": "f" * 12, "chance": 0.1},
-    attention={"name": "softmax", "options": {}, "non_default": {}},
-    seed=0,
-    config={},
-    command="lra train",
-    started="2025-01-01T00:00:00+00:00",
-    precision={"name": "fp32", "reason": "auto: CPU"},
-    device={"kind": "cpu", "name": "CPU", "threads": 2},
-    versions={"torch": "2.9.0"},
-    commit={"commit": "unknown", "dirty": None},
-    status="oom",
-)
 
 FORGETFUL = """
 from models.attention import register_attention

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lra.files import write_text
-from lra.report import efficiency, figures, pages
+from lra.report import pages
 from lra.report.leaderboard import Board
 from lra.report.store import read
 
@@ -34,6 +34,8 @@ def write(runs: Sequence[Path], out: Path) -> list[Path]:
             f"There is no record below {', '.join(map(str, runs))}: train first (lra train), or "
             f"name the folders of your runs with --runs."
         )
+    from lra.report import efficiency, figures  # matplotlib, which lra compare does not need
+
     tables = []
     for protocol in sorted({run.record.protocol for run in found}):
         board = Board([run for run in found if run.record.protocol == protocol])
