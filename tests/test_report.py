@@ -776,3 +776,18 @@ def test_without_any_record_the_message_says_what_to_type(tmp_path, folder):
 def test_a_folder_that_is_not_there_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"There is no folder .*not there"):
         report.write([tmp_path / "not there"], tmp_path / "results")
+
+
+def test_the_tables_of_the_readme_are_those_of_the_results():
+    readme = (ROOT / "README.md").read_text().partition("## Start")[0]
+    written = "".join(path.read_text() for path in (ROOT / "results").glob("leaderboard-*.md"))
+    rows = [line for line in readme.splitlines() if line.startswith("|")]
+    assert len(rows) > 20
+    assert [row for row in rows if row not in written] == []
+
+
+def test_the_results_are_those_of_the_runs(tmp_path):
+    report.write([ROOT / "runs"], tmp_path)
+    for path in sorted(tmp_path.iterdir()):
+        if path.suffix != ".png":  # which may differ from one version of matplotlib to another
+            assert path.read_text() == (ROOT / "results" / path.name).read_text(), path.name

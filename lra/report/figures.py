@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from lra.files import write_atomically
-from lra.report.leaderboard import Board, Row, TaskTable
+from lra.report.leaderboard import NOT_LEARNED, Board, Row, TaskTable
 from lra.report.store import Run
 
 COLOURS = (
@@ -120,7 +120,7 @@ def tradeoff(board: Board) -> Figure | None:
     """Draws score against speed, both beside softmax's, with peak memory as a circle's area.
 
     The form of cosFormer's Figure 1 (Qin et al., ICLR 2022). Speed is the geometric mean over
-    tasks where a panel shows the average.
+    tasks where a panel shows the average. Tasks that no row has learned are left out.
     """
     panels: list[tuple[str, list[tuple[str, float, float, float]]]] = []
     averages = []
@@ -139,7 +139,8 @@ def tradeoff(board: Board) -> Figure | None:
             for row in table.rows
             if row.speed and row.accuracy is not None and row.peak_bytes
         ]
-        if len(circles) > 1:
+        learned = any(NOT_LEARNED not in row.marks for row in table.rows if row.seeds)
+        if len(circles) > 1 and learned:
             panels.append((table.task, circles))
     if not panels:
         return None
