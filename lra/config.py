@@ -217,26 +217,54 @@ class RunConfig:
             precision: The resolved precision, ``fp32`` or ``bf16``.
             device_kind: ``cpu`` or ``cuda``.
         """
-        identity = {
-            "task": self.build_task().fingerprint,
-            "protocol": self.protocol.name,
-            "attention": self.attention,
-            "model": asdict(self.model),
-            "train": asdict(self.train),
-            "precision": precision,
-            "device": device_kind,
-        }
-        if self.tune != "none":
-            identity["tuning"] = {"name": self.tune, "grid": self.grid}
-        if self.trial_of is not None:
-            identity["trial"] = True  # of whichever setting: all that try this value share it
-        return identity
+        return identity(
+            task=self.build_task().fingerprint,
+            protocol=self.protocol.name,
+            settings=asdict(self),
+            precision=precision,
+            device_kind=device_kind,
+            tuning=None if self.tune == "none" else {"name": self.tune, "grid": self.grid},
+            trial=self.trial_of is not None,
+        )
 
     def folder(self, precision: str, device_kind: str) -> Path:
         """Returns the run's folder, which is its key in the store of runs."""
         digest = short_hash(self.identity(precision, device_kind))
         cell = Path(self.runs_dir).expanduser() / self.protocol.name / self.task["name"]
         return cell / self.attention["name"] / f"s{self.seed}-{digest}"
+
+
+def identity(
+    *,
+    task: str,
+    protocol: str,
+    settings: Mapping[str, Any],
+    precision: str,
+    device_kind: str,
+    tuning: Mapping[str, Any] | None,
+    trial: bool,
+) -> dict[str, Any]:
+    """Returns all that changes a run's result, apart from its seed; its hash names the run.
+
+    Args:
+        task: The task's fingerprint.
+        protocol: Name of the protocol.
+        settings: The run's sections ``attention``, ``model`` and ``train``.
+        precision: ``fp32`` or ``bf16``.
+        device_kind: ``cpu`` or ``cuda``.
+        tuning: Name and grid of a tuning; None of a run that is not tuned.
+        trial: Whether it is a trial, of whichever tuning: all that try one value share it.
+
+    Raises:
+        KeyError: If a section is missing.
+    """
+    told = {key: settings[key] for key in ("attention", "model", "train")}
+    told |= {"task": task, "protocol": protocol, "precision": precision, "device": device_kind}
+    if tuning is not None:
+        told["tuning"] = {key: tuning[key] for key in ("name", "grid")}
+    if trial:
+        told["trial"] = True
+    return told
 
 
 def cache_dir(setting: str | None) -> Path:

@@ -10,7 +10,8 @@ from dataclasses import fields
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from lra.compose import conf_dir, import_plugins, load, named_plugins, sweep_files
+from lra.compose import conf_dir, load, sweep_files
+from lra.plugins import import_plugins, named_plugins
 from lra.tasks import TASKS
 from lra.text import aligned
 from lra.typed import unknown

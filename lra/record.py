@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from lra.config import identity
 from lra.files import short_hash, write_atomically, write_text
 from lra.typed import from_mapping
 
@@ -145,18 +146,17 @@ class Record:
         Raises:
             KeyError: If a setting is missing.
         """
-        settings = {key: self.config[key] for key in ("attention", "model", "train")}
-        told = settings | {
-            "task": self.task["fingerprint"],
-            "protocol": self.protocol,
-            "precision": self.precision["name"],
-            "device": self.device["kind"],
-        }
-        if self.tuning is not None:
-            told["tuning"] = {key: self.tuning[key] for key in ("name", "grid")}
-        if self.trial_of is not None:
-            told["trial"] = True
-        return short_hash(told)
+        return short_hash(
+            identity(
+                task=self.task["fingerprint"],
+                protocol=self.protocol,
+                settings=self.config,
+                precision=self.precision["name"],
+                device_kind=self.device["kind"],
+                tuning=self.tuning,
+                trial=self.trial_of is not None,
+            )
+        )
 
     def save(self, folder: Path) -> None:
         """Writes ``record.json`` into ``folder``, atomically."""
@@ -212,6 +212,23 @@ def load_progress(folder: Path) -> Progress | None:
         return from_mapping(Progress, json.loads((folder / PROGRESS).read_text()), "")
     except (ValueError, OSError, TypeError):
         return None
+
+
+def load_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Reads the evaluations in ``metrics.jsonl``; a line that was cut is left out."""
+    try:
+        lines = (folder / "metrics.jsonl").read_text(errors="replace").splitlines()
+    except OSError:
+        return []
+    whole = []
+    for line in lines:
+        try:
+            values = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(values, dict) and {"step", "seconds", "val_accuracy"} <= values.keys():
+            whole.append(values)
+    return whole
 
 
 def save_predictions(folder: Path, predictions: np.ndarray, labels: np.ndarray) -> None:

@@ -16,9 +16,9 @@ from typing import Any
 
 from lra import checkpoint, measure, record
 from lra.batches import Batches
-from lra.compose import import_plugins
 from lra.config import RunConfig
 from lra.files import Busy, canonical_json, locked, short_hash
+from lra.plugins import import_plugins
 from lra.record import Record, Score
 from lra.text import shareable
 from lra.train import Stopped, Trainer, autocast, build_model, evaluate, tested

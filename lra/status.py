@@ -4,13 +4,11 @@ Imports no torch, and takes nothing that a run could want.
 """
 
 import contextlib
-import json
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lra import record
 from lra.files import is_locked
@@ -145,24 +143,10 @@ def _silence(folder: Path) -> float:
 def _accuracy(found: Record, folder: Path) -> float | None:
     """Returns the validation accuracy so far: of the best step, or the last, as is tested."""
     train = found.config.get("train", {})
-    lines = [line for line in _metrics(folder) if line["step"] >= train.get("best_from", 0)]
+    lines = [
+        line for line in record.load_metrics(folder) if line["step"] >= train.get("best_from", 0)
+    ]
     scores = [line["val_accuracy"] for line in lines]
     if not scores:
         return None
     return scores[-1] if train.get("tested") == "last" else max(scores)
-
-
-def _metrics(folder: Path) -> list[dict[str, Any]]:
-    """Returns the lines of ``metrics.jsonl``, without one that is being written."""
-    try:
-        lines = (folder / "metrics.jsonl").read_text().splitlines()
-    except OSError:
-        return []
-    whole = []
-    for line in lines:
-        try:
-            values = json.loads(line)
-            whole.append({"step": values["step"], "val_accuracy": values["val_accuracy"]})
-        except (ValueError, KeyError, TypeError):
-            continue
-    return whole

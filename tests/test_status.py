@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 from conftest import ROOT
-from test_cli import FINISHED
+from test_record import minimal
 
 from lra import record, train
 from lra.compose import load
@@ -18,6 +18,7 @@ from lra.record import Progress, Score
 from lra.run import run, run_folder
 from lra.status import SILENT, duration, state_of, status
 
+ENDED = replace(minimal(), status="oom")
 TRAIN = {"steps": 400, "tested": "best", "best_from": 0}
 
 
@@ -28,11 +29,11 @@ def folder(tmp_path):
 
 def save(folder, step=None, seconds=0.0, accuracies=(), silent=0.0, **changes):
     """Writes what a run has in its folder while it works, all of it so many seconds ago."""
-    replace(FINISHED, config={"train": TRAIN}, **changes).save(folder)
+    replace(ENDED, config={"train": TRAIN}, **changes).save(folder)
     if step is not None:
         record.save_progress(folder, Progress(step, seconds))
     lines = [
-        json.dumps({"step": 50 * i, "val_accuracy": accuracy})
+        json.dumps({"step": 50 * i, "seconds": 1.0 * i, "val_accuracy": accuracy})
         for i, accuracy in enumerate(accuracies, start=1)
     ]
     (folder / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 5']))
@@ -53,10 +54,10 @@ def test_a_run_that_trains_has_progress_accuracy_and_time_left(folder):
 def test_the_accuracy_is_that_of_the_last_step_where_that_is_tested(folder):
     save(folder, accuracies=[0.2, 0.3, 0.25], status="running")
     last = TRAIN | {"tested": "last"}
-    replace(FINISHED, status="running", config={"train": last}).save(folder)
+    replace(ENDED, status="running", config={"train": last}).save(folder)
     assert state_of(folder).accuracy == 0.25
     later = TRAIN | {"best_from": 150}
-    replace(FINISHED, status="running", config={"train": later}).save(folder)
+    replace(ENDED, status="running", config={"train": later}).save(folder)
     assert state_of(folder).accuracy == 0.25
 
 

@@ -10,8 +10,9 @@ from lra.batches import Batches
 from lra.compose import load
 from lra.measure import Clock
 from lra.run import new_record
+from lra.schedules import beta1, learning_rate
 from lra.tasks.base import Prepared, Split
-from lra.train import Trainer, autocast, beta1, evaluate, learning_rate, step_seed
+from lra.train import Trainer, autocast, evaluate, step_seed
 
 
 class NoStop:

@@ -21,7 +21,7 @@ from lra.bench import floor
 from lra.bench.limits import limit_own_memory
 from lra.bench.plan import model_of
 from lra.cells import Cell, Decoding, Figures, Spread
-from lra.compose import import_plugins
+from lra.plugins import import_plugins
 from lra.tasks.base import Split
 from lra.text import shareable
 from lra.train import autocast, build_classifier, count_parameters

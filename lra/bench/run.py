@@ -18,8 +18,8 @@ from lra.bench.cell import Job, work
 from lra.bench.limits import default_memory_gb, watch
 from lra.bench.plan import Plan, plan
 from lra.cells import Ceilings, Cell, Measured
-from lra.compose import import_plugins, named_plugins
 from lra.files import Busy, locked
+from lra.plugins import import_plugins, named_plugins
 from lra.report import efficiency
 from lra.text import shareable
 from lra.typed import from_mapping

@@ -8,7 +8,7 @@ import numpy as np
 
 from lra.report.leaderboard import Board, Row
 from lra.report.store import Run, predictions, read
-from lra.report.table import Table
+from lra.report.table import Table, signed
 from lra.typed import unknown
 
 SAMPLES = 10_000
@@ -179,14 +179,10 @@ def _table(heading: str, comparisons: Sequence[Comparison]) -> Table:
             f"{c.seeds[0]}, {c.seeds[1]}",
             f"{c.a:.2f}",
             f"{c.b:.2f}",
-            _signed(c.b - c.a),
-            f"{_signed(c.low)} to {_signed(c.high)}",
+            signed(c.b - c.a),
+            f"{signed(c.low)} to {signed(c.high)}",
             f"{c.p:.4f}" if c.p > 1e-4 else "< 0.0002",
         ]
         for c in comparisons
     ]
     return Table(heading, headers, rows)
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.2f}".replace("-", "−")

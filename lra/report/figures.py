@@ -1,8 +1,7 @@
 """Figures of a leaderboard: learning curves, seeds as points, score against speed and memory."""
 
-import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -13,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from lra.files import write_atomically
+from lra.record import load_metrics
 from lra.report.leaderboard import NOT_LEARNED, Board, Row, TaskTable
-from lra.report.store import Run
 
 COLOURS = (
     "#0072b2",
@@ -175,7 +174,7 @@ def tradeoff(board: Board) -> Figure | None:
 def _curve(row: Row) -> list[tuple[int, float, float]]:
     """Returns (step, seconds, validation accuracy %) at steps that all finished seeds evaluated."""
     seeds = [
-        {line["step"]: line for line in _metrics(run)}
+        {line["step"]: line for line in load_metrics(run.folder)}
         for run in row.runs
         if run.record.status == "ok"
     ]
@@ -188,20 +187,6 @@ def _curve(row: Row) -> list[tuple[int, float, float]]:
         )
         for step in sorted(shared)
     ]
-
-
-def _metrics(run: Run) -> Iterator[dict[str, Any]]:
-    """Yields the whole lines of metrics.jsonl; a cut process may have left half a line."""
-    path = run.folder / "metrics.jsonl"
-    if not path.is_file():
-        return
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            values = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(values, dict) and {"step", "seconds", "val_accuracy"} <= values.keys():
-            yield values
 
 
 def _styles(board: Board) -> dict[str, dict[str, Any]]:

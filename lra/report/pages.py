@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 
 from lra.report.leaderboard import MARKS, NOT_AVERAGED, Board, Row, TaskTable
-from lra.report.table import CROSS, DASH, Table, escaped
+from lra.report.table import CROSS, DASH, Table, escaped, signed
 
 HEADERS = (
     "attention",
@@ -139,7 +139,7 @@ def _beside_published(board: Board) -> Table:
             line.append(
                 DASH
                 if cell is None
-                else f"{cell.accuracy:.2f} ({_signed((row.accuracy or 0.0) - cell.accuracy)})"
+                else f"{cell.accuracy:.2f} ({signed((row.accuracy or 0.0) - cell.accuracy)})"
             )
         cells.append(line)
     about = ["Test accuracy in per cent; in brackets, how much ours is above the published figure."]
@@ -252,10 +252,6 @@ def _origin(board: Board) -> str:
         f"Made by `lra report` from {len(records)} records of {dates}; torch "
         f"{', '.join(sorted(torch))}; code {', '.join(sorted(commits))}."
     )
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.2f}".replace("-", "−")
 
 
 def _format(pattern: str, *values: Any) -> str:

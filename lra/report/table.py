@@ -104,6 +104,11 @@ class Table:
         )
 
 
+def signed(value: float) -> str:
+    """Returns a difference with its sign and two places."""
+    return f"{value:+.2f}".replace("-", "−")
+
+
 def escaped(text: str) -> str:
     """Returns text with what LaTeX would take for commands escaped."""
     return "".join(TEX.get(character, character) for character in text)

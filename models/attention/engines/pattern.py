@@ -82,7 +82,7 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: fl
         return softmax_dropout_attention(q, k, v, mask, p)
     if not p or mask is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
-    # With dropout, CUDA's fused kernel gives NaN gradients to queries without a key.
+    # With dropout in bf16 on CUDA, patterns with such queries had NaN gradients (torch 2.11).
     seen = mask.any(-1, keepdim=True)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask | ~seen, dropout_p=p)
     return out.masked_fill(~seen, 0.0)
