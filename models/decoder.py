@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from models.encoder import Encoder, EncoderShape
+from models.linear import Linear
 
 
 class DecoderState(NamedTuple):
@@ -44,7 +45,7 @@ class Decoder(nn.Module):
             able = getattr(mixing, "attention", mixing).capabilities
             if not able.recurrent:
                 raise ValueError(f"attention={attention} with these options is not recurrent.")
-        self.head = nn.Linear(shape.dim, shape.vocab_size)
+        self.head = Linear(shape.dim, shape.vocab_size)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Maps token ids (B, N) to the logits (B, N, V) of each position's next token."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from models.attention import build_attention
 from models.attention.base import Attention, Mechanism, Mixer
 from models.dropout import Dropout
+from models.linear import Linear
 from models.rotary import Rotary
 
 INIT_STD = 0.02
@@ -75,8 +76,8 @@ class MultiHeadAttention(nn.Module):
         # One product makes queries, keys (unless queries serve as keys) and values.
         self.parts = 2 if self.attention.capabilities.shared_query_key else 3
         inner = shape.heads * shape.head_dim
-        self.project = nn.Linear(shape.dim, self.parts * inner, bias=shape.projection_bias)
-        self.out = nn.Linear(inner, shape.dim, bias=shape.projection_bias)
+        self.project = Linear(shape.dim, self.parts * inner, bias=shape.projection_bias)
+        self.out = Linear(inner, shape.dim, bias=shape.projection_bias)
         if shape.init == "xavier":
             for part in self.project.weight.chunk(self.parts):
                 nn.init.xavier_uniform_(part)
@@ -137,10 +138,10 @@ class Block(nn.Module):
         self.attention = token_mixing(shape, attention, options)
         self.ffn_norm = nn.LayerNorm(shape.dim, eps=shape.norm_eps)
         self.ffn = nn.Sequential(
-            nn.Linear(shape.dim, shape.ffn_dim),
+            Linear(shape.dim, shape.ffn_dim),
             nn.GELU(),
             Dropout(shape.dropout),
-            nn.Linear(shape.ffn_dim, shape.dim),
+            Linear(shape.ffn_dim, shape.dim),
             Dropout(shape.dropout),
         )
         if shape.init == "xavier":

@@ -6,6 +6,7 @@ import torch
 from models.attention import ATTENTIONS, capabilities
 from models.decoder import Decoder
 from models.encoder import EncoderShape
+from models.linear import Linear
 
 SHAPE = {
     "layers": 2,
@@ -38,8 +39,8 @@ def decoder(attention, options=None, **changes):
 )
 def test_steps_give_the_logits_of_the_whole_sequence(name, options, positions):
     model = decoder(name, options, positions=positions)
-    tokens = torch.randint(0, 11, (3, 20))
-    state = model.init_state(3, torch.device("cpu"), torch.float64)
+    tokens = torch.randint(0, 11, (12, 20))
+    state = model.init_state(12, torch.device("cpu"), torch.float64)
     with torch.no_grad():
         whole = model(tokens)
         for i in range(20):
@@ -70,3 +71,14 @@ def test_what_has_no_recurrent_form_is_refused(name):
 def test_what_a_decoder_has_not_is_refused(changes):
     with pytest.raises(ValueError, match="no CLS vector, and learned or sinusoidal"):
         decoder("softmax", **changes)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [(1,), (9,), (16, 1), (3, 16), (49,)])
+def test_a_linear_layer_is_the_same_for_few_rows(rows, bias):
+    layer = Linear(6, 5, bias=bias).double()
+    x = torch.randn(*rows, 6, dtype=torch.float64)
+    with torch.no_grad():
+        out = layer(x)
+    torch.testing.assert_close(out, torch.nn.Linear.forward(layer, x), atol=1e-14, rtol=0)
+    assert out.is_contiguous()  # fused attention takes no other queries

@@ -215,7 +215,7 @@ def test_the_order_of_keys_is_of_no_consequence(feature):
 
 def test_a_signed_guard_keeps_sign_and_distance_from_zero():
     denominators = torch.tensor([2.0, 2e-6, 1e-7, 0.0, -0.0, -1e-7, -2e-6, -2.0])
-    expected = torch.tensor([2.0, 2e-6, EPS, EPS, EPS, -EPS, -2e-6, -2.0])
+    expected = torch.tensor([2.0, 2e-6, EPS, EPS, -EPS, -EPS, -2e-6, -2.0])
     assert torch.equal(guard(denominators, signed=True), expected)
 
 

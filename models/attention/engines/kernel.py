@@ -18,11 +18,10 @@ EPS = 1e-6
 
 
 def guard(denominator: Tensor, signed: bool) -> Tensor:
-    """Keeps a denominator's magnitude at ``EPS`` or more, and its sign (0 counts as positive)."""
+    """Keeps a denominator's magnitude at ``EPS`` or more, and its sign, a zero's too."""
     if not signed:
         return denominator.clamp_min(EPS)
-    small = torch.where(denominator < 0, -EPS, EPS).to(denominator.dtype)
-    return torch.where(denominator.abs() < EPS, small, denominator)
+    return denominator.abs().clamp_min(EPS).copysign(denominator)
 
 
 def normalised(sums: Tensor, signed: bool) -> Tensor:

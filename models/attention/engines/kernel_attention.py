@@ -130,9 +130,11 @@ class KernelAttention(Attention, abc.ABC):
                 key_weight, log_decay, top = _causal_unit(f.log_weight, f.log_decay, state.top)
             rows = with_ones(at_least_float32(v), key_weight)
             sums = state.sums
+            if state.position == 0:  # room for values of any size, from here on written in place
+                sums = sums.repeat(1, 1, 1, rows.shape[-1])
             if log_decay is not None:
-                sums = sums * log_decay.exp()[..., None]
-            sums = torch.addcmul(sums, f.k.transpose(-2, -1), rows)
+                sums *= log_decay.exp()[..., None]
+            sums.addcmul_(f.k.transpose(-2, -1), rows)
             out = normalised(f.q @ sums, self.signed).to(v.dtype)
         return out, State(sums, top, state.position + 1)
 
