@@ -82,7 +82,7 @@ class Decoding:
 
     Attributes:
         positions: Numbers of tokens generated.
-        seconds: Median time a token (of each sequence) just before each position.
+        seconds: Median time of a step to each position, a token of each sequence.
         tokens_per_second: Tokens of all sequences, from the start to each position.
         state_bytes: Memory of the recurrent state there, all layers and sequences.
     """

@@ -151,6 +151,8 @@ class RunConfig:
         tune: ``lr``: the learning rate is the best of ``grid`` by validation; see `lra.tune`.
         modified: What the run overrides of its protocol: key to (the protocol's value, the run's).
         non_default: Options of the attention that are not those it has by default for the task.
+        activation_checkpointing: Whether the backward pass computes a block's activations again.
+        compile: Whether torch compiles the model; rounding differs, random draws do not.
         trial_of: Of a trial of a tuning, the hash of the tuned setting.
     """
 
@@ -172,6 +174,8 @@ class RunConfig:
     runs_dir: str
     plugins: list[str]
     checkpoint_seconds: float
+    activation_checkpointing: bool = False
+    compile: bool = False
     runs_at_once: int = 1
     keep_checkpoint: bool = False
     tune: Literal["none", "lr"] = "none"

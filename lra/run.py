@@ -95,7 +95,12 @@ def new_record(config: RunConfig) -> Record:
         command=shareable(shlex.join(["lra", *sys.argv[1:]])),
         started=datetime.now(UTC).isoformat(timespec="seconds"),
         precision={"name": precision, "reason": reason},
-        device=measure.device_facts(device) | {"runs_at_once": config.runs_at_once},
+        device=measure.device_facts(device)
+        | {
+            "runs_at_once": config.runs_at_once,
+            "compiled": config.compile,
+            "activation_checkpointing": config.activation_checkpointing,
+        },
         versions=measure.versions(),
         commit=measure.commit(),
         trial_of=config.trial_of,

@@ -7,6 +7,8 @@ run resumed from any checkpoint ends exactly as the uninterrupted one.
 import copy
 import logging
 import math
+import os
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -108,6 +110,8 @@ class Trainer:
         torch.manual_seed(config.seed)
         task = config.build_task()
         self.model = build_model(config, task).to(device)
+        if config.compile:
+            compiled(self.model, device)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
             lr=config.train.lr,
@@ -369,13 +373,31 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 def build_model(config: RunConfig, task: Task, attention: str | None = None) -> Classifier:
     """Builds the run's model; with ``attention``, the same with that mechanism's defaults."""
     options: dict[str, Any] = {} if attention else config.attention_options
-    return build_classifier(
+    model = build_classifier(
         config.model,
         attention or config.attention["name"],
         options,
         num_classes=task.num_classes,
         dual=task.dual,
     )
+    model.encoder.checkpointing = config.activation_checkpointing
+    return model
+
+
+def compiled(model: nn.Module, device: torch.device) -> None:
+    """Makes a model's calls go through torch.compile, for batches of any size.
+
+    Raises:
+        ValueError: If there is no C++ compiler where one is needed.
+    """
+    compiler = os.environ.get("CXX", "g++")
+    if device.type == "cpu" and shutil.which(compiler) is None:
+        raise ValueError(
+            f"compile=true needs a C++ compiler on CPU, and there is no {compiler}: install one, "
+            f"name another in the environment variable CXX, or pass compile=false."
+        )
+    torch._inductor.config.fallback_random = True  # the draws of the model as it is
+    model.compile(dynamic=True)
 
 
 def build_classifier(

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from models.attention import build_attention
 from models.attention.base import Attention, Mechanism, Mixer
@@ -163,7 +164,11 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Token and position embeddings, a CLS vector where asked for, blocks and a final norm."""
+    """Token and position embeddings, a CLS vector where asked for, blocks and a final norm.
+
+    With ``checkpointing`` set, the backward pass computes each block again instead of keeping its
+    activations; random draws are the same again.
+    """
 
     def __init__(self, shape: EncoderShape, attention: str, options: dict[str, Any]) -> None:
         super().__init__()
@@ -180,6 +185,7 @@ class Encoder(nn.Module):
         self.dropout = Dropout(shape.dropout)
         self.blocks = nn.ModuleList(Block(shape, attention, options) for _ in range(shape.layers))
         self.norm = nn.LayerNorm(shape.dim, eps=shape.norm_eps)
+        self.checkpointing = False
 
     def forward(self, tokens: Tensor, key_mask: Tensor | None, causal: bool = False) -> Tensor:
         """Maps token ids (B, N) to (B, N, C), or (B, 1 + N, C) with a CLS vector first.
@@ -200,7 +206,10 @@ class Encoder(nn.Module):
             x = x + self.positions.weight[: x.shape[1]]
         x = self.dropout(x)
         for block in self.blocks:
-            x = block(x, key_mask, causal)
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, key_mask, causal, use_reentrant=False)
+            else:
+                x = block(x, key_mask, causal)
         return self.norm(x)
 
 

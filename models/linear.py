@@ -18,7 +18,7 @@ class Linear(nn.Linear):
             return super().forward(x)
         columns = x.reshape(rows, -1).mT
         if self.bias is None:
-            out = self.torch.mm(self.weight, columns)
+            out = torch.mm(self.weight, columns)
         else:
             out = torch.addmm(self.bias[:, None], self.weight, columns)
         return out.mT.contiguous().unflatten(0, x.shape[:-1])

@@ -148,6 +148,24 @@ def test_equal_seeds_give_equal_bits_and_others_do_not(smoke):
     assert not all(torch.equal(first[name], other[name]) for name in first)
 
 
+@pytest.mark.parametrize("attention", ["softmax", "rfa", "sinkhorn"])
+def test_activation_checkpointing_changes_no_bit(smoke, tmp_path, attention):
+    overrides = smoke(f"attention={attention}", "model.dropout=0.1", "keep_checkpoint=true")
+    assert run(load(overrides)).status == "ok"
+    kept = folder_of(overrides).rename(tmp_path / "kept")
+    done = run(load([*overrides, "activation_checkpointing=true"]))
+    assert done.device["activation_checkpointing"]
+    assert_same_end(folder_of(overrides), kept)
+
+
+def test_compiling_without_a_compiler_says_what_to_install(smoke, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    done = run(load(smoke("compile=true")))
+    assert done.status == "failed"
+    assert "C++ compiler" in done.reason
+    assert "no-such-compiler" in done.reason
+
+
 def test_bf16_is_computed_and_recorded(smoke):
     done = run(load(smoke("precision=bf16")))
     assert done.status == "ok"

@@ -328,5 +328,7 @@ def _marks(row: Row, done: Sequence[Record]) -> str:
 def _conditions(r: Record) -> str:
     """Returns what speed and memory depend on; they compare only where it is the same."""
     told = f"{r.device['name']}, {r.device['threads']} threads, {r.precision['name']}"
+    told += ", compiled" if r.device.get("compiled") else ""
+    told += ", activation checkpointing" if r.device.get("activation_checkpointing") else ""
     shared = r.device.get("runs_at_once", 1)
     return told + (f", {shared} runs at once" if shared > 1 else "")

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from models.attention import register_attention
 from models.attention.base import Capabilities, Context, Cost, at_least_float32
+from models.attention.engines.kernel import projected
 from models.attention.engines.kernel_attention import LOWEST, Features, KernelAttention
 
 RELU_EPS = 1e-3
@@ -123,7 +124,7 @@ class Performer(KernelAttention):
         if self.config.kernel == "relu":
             return Features(F.relu(q) + RELU_EPS, F.relu(k) + RELU_EPS)
         vectors = self._vectors(q.dtype).mT
-        fq, fk = q @ vectors, k @ vectors
+        fq, fk = projected(q, vectors), projected(k, vectors)
         # What is taken off cancels: in the normalisation, or with the key's weight. It is detached.
         top_q, top_k = (x.detach().amax(-1, keepdim=True) for x in (fq, fk))
         log_weight = _log_norm(k) + top_k.squeeze(-1)

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from models.attention import register_attention
 from models.attention.base import Capabilities, Context, Cost
+from models.attention.engines.kernel import projected
 from models.attention.engines.kernel_attention import Features, KernelAttention
 
 
@@ -140,7 +141,7 @@ class RandomFeatureAttention(KernelAttention):
             logits = F.linear(hidden.to(q.dtype), weight.to(q.dtype), bias.to(q.dtype)).mT
             log_decay, log_kept = F.logsigmoid(logits), F.logsigmoid(-logits)
             log_weight = log_kept if log_weight is None else log_weight + log_kept
-        q, k = (features(_projected(x, matrices)) for x in (q, k))
+        q, k = (features(projected(x, matrices)) for x in (q, k))
         return Features(q, k, log_weight, log_decay)
 
     def cost(self, n: int, s: int) -> Cost:
@@ -155,14 +156,6 @@ class RandomFeatureAttention(KernelAttention):
 def _unit(x: Tensor) -> Tensor:
     """Returns x / |x|; a zero vector stays zero, with a finite gradient."""
     return x * x.square().sum(-1, keepdim=True).clamp_min(1e-12).rsqrt()
-
-
-def _projected(x: Tensor, matrices: Tensor) -> Tensor:
-    """Returns x @ matrices (B, H, N, D) for x (B, H, N, d) and a matrix (d, D) of each head."""
-    if x.shape[-2] > 1:
-        return x @ matrices
-    # One product a head: the broadcast one copies the matrices for each sequence.
-    return (x.transpose(0, 2) @ matrices).transpose(0, 2)
 
 
 def _relu_features(projected: Tensor) -> Tensor:

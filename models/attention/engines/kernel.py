@@ -41,6 +41,14 @@ def with_ones(v: Tensor, key_weight: Tensor | None) -> Tensor:
     return rows if key_weight is None else rows * key_weight[..., None]
 
 
+def projected(x: Tensor, matrices: Tensor) -> Tensor:
+    """Returns x @ matrices (B, H, N, F) for x (B, H, N, D) and a matrix (D, F) of each head."""
+    if x.shape[-2] > 1:
+        return x @ matrices
+    # One product a head: the broadcast one copies the matrices for each sequence.
+    return (x.transpose(0, 2) @ matrices).transpose(0, 2)
+
+
 def bidirectional_sums(fq: Tensor, fk: Tensor, rows: Tensor) -> Tensor:
     """Returns sum_j fq_i.fk_j rows_j for every query, as two matrix products.
 
