@@ -397,6 +397,7 @@ def compiled(model: nn.Module, device: torch.device) -> None:
             f"name another in the environment variable CXX, or pass compile=false."
         )
     torch._inductor.config.fallback_random = True  # the draws of the model as it is
+    torch._logging.set_logs(dynamo=logging.ERROR)  # no word of graphs that end at dropout's draws
     model.compile(dynamic=True)
 
 
