@@ -579,6 +579,8 @@ def test_no_setting_outside_task_attention_protocol_model_and_train_is_part_of_t
             "checkpoint_seconds=5",
             "runs_at_once=2",
             "keep_checkpoint=true",
+            "activation_checkpointing=true",
+            "compile=true",
         ]
     )
     assert identity(config) == identity(smoke())
