@@ -15,6 +15,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lra import ranks
+
 PHASES = ("train", "evaluate", "other")
 
 
@@ -138,21 +140,36 @@ def _status_bytes(field: str) -> int:
 
 
 def resolve_device(setting: str) -> torch.device:
-    """Returns the device for ``device=``.
+    """Returns the device for ``device=``; of several processes each has a GPU of its own.
 
     Raises:
         ValueError: If there is no such device.
     """
+    several = ranks.count() > 1
     if setting == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        setting = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(setting)
     except RuntimeError:
         raise ValueError(f"device={setting} is no device: use auto, cpu, cuda, cuda:1.") from None
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device={setting} is not supported: use auto, cpu, cuda, cuda:1.")
+    if device.type == "cpu":
+        return device
     count = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= count:
+    if several and device.index is not None:
+        raise ValueError(
+            f"device={setting} is one GPU, but {ranks.count()} processes need one each: use "
+            f"device=cuda."
+        )
+    if several and ranks.local_index() >= count:
+        raise ValueError(
+            f"Each process needs a GPU of its own, but torch sees {count}: start no more than "
+            f"that, as torchrun --nproc_per_node={max(1, count)}."
+        )
+    if several:
+        return torch.device("cuda", ranks.local_index())
+    if (device.index or 0) >= count:
         raise ValueError(f"device={setting} is not there: torch sees {count} CUDA devices.")
     return device
 

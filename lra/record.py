@@ -93,11 +93,13 @@ class Record:
         evaluation_seconds: Time in evaluations and the final test.
         other_seconds: All other time: data, set-up, checkpoints.
         throughput: Speed of training steps.
-        peak_memory_bytes: Peak memory above what was held before the model was built.
+        peak_memory_bytes: Peak memory above what was held before the model was built, of the
+            process that needed most.
         memory_kind: What the peak counts, or why there is none.
-        micro_batches: Pieces a batch was run in.
+        micro_batches: Pieces that each process ran its share of a batch in.
         precision: ``fp32`` or ``bf16``, with the reason for it.
-        device: Kind (cpu, cuda), name, threads, and how many runs shared it.
+        device: Kind (cpu, cuda), name, threads of a process, how many runs shared it, and how many
+            processes shared the run, each with such a device.
         versions: Python and package versions.
         commit: Git commit of the code, with ``dirty`` if it was modified; unknown outside git.
         tuning: Of a tuned run, the name of the tuning, its grid, the trials (of each its value,

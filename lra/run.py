@@ -3,10 +3,12 @@
 import contextlib
 import json
 import logging
+import os
 import shlex
 import shutil
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
@@ -14,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from lra import checkpoint, measure, record
+from lra import checkpoint, measure, ranks, record
 from lra.batches import Batches
 from lra.config import RunConfig
 from lra.files import Busy, canonical_json, locked, short_hash
@@ -47,12 +49,31 @@ def run(config: RunConfig, tuning: dict[str, Any] | None = None, wait: bool = Fa
             damaged, or it was finished on other data.
     """
     folder = run_folder(config)
-    folder.mkdir(parents=True, exist_ok=True)
     try:
-        with locked(folder / ".lock", wait):
+        with _locked(folder, wait):
             return _run_owned(config, tuning, folder)
     except Busy:
         raise Busy(f"Another process is working on {folder}.") from None
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, wait: bool) -> Iterator[None]:
+    """Holds the lock of a run's folder, which the first process takes for all."""
+    with contextlib.ExitStack() as held:
+
+        def take() -> None:
+            folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(folder / ".lock", wait and ranks.count() == 1))
+
+        while True:
+            try:
+                ranks.first(take)
+                break
+            except Busy:
+                if not wait:
+                    raise
+            time.sleep(1)  # rather than in the lock: the others would take it for an end
+        yield
 
 
 def run_folder(config: RunConfig) -> Path:
@@ -92,41 +113,47 @@ def new_record(config: RunConfig) -> Record:
         },
         seed=config.seed,
         config=settings,
-        command=shareable(shlex.join(["lra", *sys.argv[1:]])),
+        command=shareable(shlex.join([*_program(), *sys.argv[1:]])),
         started=datetime.now(UTC).isoformat(timespec="seconds"),
         precision={"name": precision, "reason": reason},
-        device=measure.device_facts(device) | {"runs_at_once": config.runs_at_once},
+        device=measure.device_facts(device)
+        | {"runs_at_once": config.runs_at_once, "processes": ranks.count()},
         versions=measure.versions(),
         commit=measure.commit(),
         trial_of=config.trial_of,
     )
 
 
+def _program() -> list[str]:
+    if ranks.count() == 1:
+        return ["lra"]
+    here = os.environ.get("LOCAL_WORLD_SIZE") or ranks.count()
+    return ["torchrun", f"--nproc_per_node={here}", "-m", "lra"]
+
+
 def _run_owned(config: RunConfig, tuning: dict[str, Any] | None, folder: Path) -> Record:
-    earlier = record.load(folder) if config.reuse == "auto" else None
+    earlier = ranks.first(lambda: record.load(folder)) if config.reuse == "auto" else None
     # A trial that has diverged has said what it was asked, to all seeds alike.
     if earlier is not None and (
         earlier.status == "ok" or (earlier.status == "diverged" and earlier.trial_of is not None)
     ):
-        check_finished(config, folder, earlier)
+        with ranks.together():
+            check_finished(config, folder, earlier)
         LOG.info("Finished before. %s", describe(earlier))
         return earlier
-    if config.reuse == "never":
-        _clear(folder)
+    ranks.first(lambda: _tidy(folder, everything=config.reuse == "never"))
     current = new_record(config)
     current.tuning = tuning
-    for left_over in folder.glob(".*.tmp"):  # of a write that a kill -9 cut
-        left_over.unlink()
     if earlier is not None:
         current.started, current.sessions = earlier.started, earlier.sessions + 1
-    with _log_file(folder):
+    with _log_file(folder) if ranks.leads() else contextlib.nullcontext():
         LOG.debug("%s", current.command)
         data_hash = earlier.task.get("data_hash") if earlier else None
         if tuning is None:
             _run_recorded(config, current, folder, data_hash)
         elif tuning["chosen"] is None:
             current.status, current.reason = _unchosen(tuning["trials"])
-            current.save(folder)
+            ranks.first(lambda: current.save(folder))
         else:
             train = replace(config.train, lr=tuning["chosen"])
             _run_recorded(replace(config, train=train), current, folder, data_hash)
@@ -136,23 +163,24 @@ def _run_owned(config: RunConfig, tuning: dict[str, Any] | None, folder: Path) -
 
 def _run_recorded(config: RunConfig, current: Record, folder: Path, data_hash: str | None) -> None:
     """Runs, and turns whatever ends the run into the status and reason of its record."""
-    current.save(folder)
+    ranks.first(lambda: current.save(folder))
     trainer = None
     device = measure.resolve_device(config.device)
     clock = measure.Clock(device)
     with _StopSignals() as stop:
         try:
-            prepared = config.build_task().prepare()
-            _check_data(prepared.manifest, folder, data_hash)
-            current.task |= {
-                "data_hash": prepared.manifest["hash"],
-                "source": prepared.manifest["source"],
-                "splits": prepared.manifest["splits"],
-                "baselines": prepared.manifest["baselines"],
-            }
-            trainer = Trainer(config, current, prepared, folder, device, stop, clock)
-            stop.deferred = True
-            _train(trainer)
+            with ranks.together():
+                prepared = config.build_task().prepare()
+                _check_data(prepared.manifest, folder, data_hash)
+                current.task |= {
+                    "data_hash": prepared.manifest["hash"],
+                    "source": prepared.manifest["source"],
+                    "splits": prepared.manifest["splits"],
+                    "baselines": prepared.manifest["baselines"],
+                }
+                trainer = Trainer(config, current, prepared, folder, device, stop, clock)
+                stop.deferred = True
+                _train(trainer)
             current.status = "ok"
         except Stopped as stopped:
             current.status, current.reason = stopped.status, str(stopped)
@@ -167,10 +195,11 @@ def _run_recorded(config: RunConfig, current: Record, folder: Path, data_hash: s
                 trainer.complete_record()
             except Exception as error:  # the device may be what failed
                 LOG.warning("The last measures of this run are missing: %s", error)
-        current.save(folder)
-        (folder / record.PROGRESS).unlink(missing_ok=True)
-        if current.status == "ok" and not config.keep_checkpoint:
-            (folder / checkpoint.FILE).unlink(missing_ok=True)
+        if ranks.leads():
+            current.save(folder)
+            (folder / record.PROGRESS).unlink(missing_ok=True)
+            if current.status == "ok" and not config.keep_checkpoint:
+                (folder / checkpoint.FILE).unlink(missing_ok=True)
         if trainer is not None:
             trainer.close()
 
@@ -311,7 +340,8 @@ def _log_file(folder: Path) -> Iterator[None]:
         handler.close()
 
 
-def _clear(folder: Path) -> None:
-    for path in folder.iterdir():
+def _tidy(folder: Path, everything: bool) -> None:
+    """Removes what a write that a kill -9 cut has left, or all but the lock."""
+    for path in folder.iterdir() if everything else folder.glob(".*.tmp"):
         if path.name != ".lock":
             shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lra import checkpoint, measure
+from lra import checkpoint, measure, ranks
 from lra.batches import Batches, resolve_micro_batches
 from lra.checkpoint import Metrics, State, Timed
 from lra.config import ModelConfig, RunConfig, TrainConfig
@@ -53,8 +53,11 @@ class Stopped(Exception):
     """A run that ends before its last step, with the status and the reason for its record."""
 
     def __init__(self, status: Status, reason: str) -> None:
-        super().__init__(reason)
+        super().__init__(status, reason)
         self.status: Status = status
+
+    def __str__(self) -> str:
+        return self.args[1]
 
 
 class StopRequest(Protocol):
@@ -88,21 +91,28 @@ class Trainer:
     ) -> None:
         self.config, self.record, self.folder = config, record, folder
         self.device, self.stop = device, stop
+        if device.index is not None:  # of several GPUs; some kernels ask for the current one
+            torch.cuda.set_device(device)
         self.autocast = autocast(device, record.precision["name"])
-        saved = checkpoint.load(folder, record.hash)
+        saved = ranks.first(lambda: checkpoint.load(folder, record.hash))
         self.state = saved["state"] if saved else State()
         self.clock = clock
         self.clock.carry(self.state.seconds)
+        share = (ranks.index(), ranks.count())
         self.data = {
-            name: Batches(split, device)
+            name: Batches(split, device, share)
             for name, split in prepared.splits.items()
             if name != "test" or config.trial_of is None
         }
         self.pieces = resolve_micro_batches(
-            config.micro_batches, config.train.batch_size, self.data["train"].widths, device
+            config.micro_batches,
+            math.ceil(config.train.batch_size / ranks.count()),
+            self.data["train"].widths,
+            device,
         )
 
-        self.tracker = Tracker(config.wandb if config.tracker == "wandb" else None, record, folder)
+        tracked = config.tracker == "wandb" and ranks.leads()
+        self.tracker = Tracker(config.wandb if tracked else None, record, folder)
         # After the data and the tracker, whose memory is not the model's.
         self.memory = measure.PeakMemory(device)
         torch.manual_seed(config.seed)
@@ -120,16 +130,17 @@ class Trainer:
             self.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
             LOG.info("%s: goes on from step %d", folder, self.state.step)
-
+        ranks.share_(self.model.state_dict().values())
         record.micro_batches = self.pieces
         record.parameters = count_parameters(self.model)
         with torch.device("meta"):
             record.parameters_of_softmax = count_parameters(build_model(config, task, "softmax"))
-        self.metrics = Metrics(folder / "metrics.jsonl", self.state.evaluated)
-        # Summed training loss and right answers stay on the device between evaluations.
-        self.sums = torch.tensor(
-            [self.state.train_loss, self.state.train_correct], dtype=torch.float64, device=device
-        )
+        if ranks.leads():
+            self.metrics = Metrics(folder / "metrics.jsonl", self.state.evaluated)
+        # Summed training loss and right answers of this process stay on the device between
+        # evaluations.
+        before = [self.state.train_loss, self.state.train_correct] if ranks.leads() else [0.0, 0.0]
+        self.sums = torch.tensor(before, dtype=torch.float64, device=device)
         self.session_steps = 0
         self.timed_before = self.state.timed
         self.timed = Timed()
@@ -152,6 +163,7 @@ class Trainer:
             desc=f"{self.record.attention['name']} s{self.config.seed}",
             unit="step",
             mininterval=0.5 if sys.stderr.isatty() else 10,
+            **({} if ranks.leads() else {"disable": True}),
         ) as bar:
             while True:
                 if state.step > state.evaluated and (
@@ -164,29 +176,33 @@ class Trainer:
                 self.clock.switch("train")
                 self._step()
                 bar.update()
-                self._look_up("train")
-                if self.clock.total() - self.saved_at > self.config.checkpoint_seconds:
+                with ranks.together() as meeting:
+                    self._look_up("train")
+                    unsaved = self.clock.total() - self.saved_at
+                    meeting.vote = unsaved > self.config.checkpoint_seconds
+                if meeting.vote:
                     self.save()
 
     def _step(self) -> None:
         """Takes one optimiser step on one batch, in micro-batches."""
-        train, step = self.config.train, self.state.step
+        train, step, data = self.config.train, self.state.step, self.data["train"]
         seed = step_seed(self.config.seed, step)
-        torch.manual_seed(seed)
+        torch.manual_seed(step_seed(self.config.seed, step, ranks.index()))
         resample(self.model, torch.Generator().manual_seed(seed))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(train, step)
             group["betas"] = (beta1(train, step), train.betas[1])
-        pieces = self.data["train"].training(step, train.batch_size, self.pieces, self.config.seed)
-        size = sum(len(piece.labels) for piece in pieces)
+        batch = data.batch(step, train.batch_size, self.config.seed)
         self.model.train()
-        for piece in pieces:
-            with self.autocast:
-                logits = self.model(piece.tokens, piece.key_mask).float()
-            loss = F.cross_entropy(logits, piece.labels, reduction="sum")
-            (loss / size).backward()
-            correct = (logits.detach().argmax(-1) == piece.labels).sum()
-            self.sums += torch.stack([loss.detach().double(), correct.double()])
+        with ranks.together():
+            for piece in data.training(step, train.batch_size, self.pieces, self.config.seed):
+                with self.autocast:
+                    logits = self.model(piece.tokens, piece.key_mask).float()
+                loss = F.cross_entropy(logits, piece.labels, reduction="sum")
+                (loss / len(batch)).backward()
+                correct = (logits.detach().argmax(-1) == piece.labels).sum()
+                self.sums += torch.stack([loss.detach().double(), correct.double()])
+        ranks.sum_gradients(self.model)
         if train.clip_value:
             nn.utils.clip_grad_value_(self.model.parameters(), train.clip_value)
         if train.clip_norm:
@@ -195,18 +211,18 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
 
         self.state.step += 1
-        self.state.train_seen += size
+        self.state.train_seen += len(batch)
         self.session_steps += 1
         if self.session_steps == WARMUP_STEPS:
             self.untimed_seconds = self.clock.read()["train"]
         elif self.session_steps > WARMUP_STEPS:
             self.timed.steps += 1
-            self.timed.examples += size
-            self.timed.tokens += sum(piece.num_tokens for piece in pieces)
+            self.timed.examples += len(batch)
+            self.timed.tokens += int(data.lengths[batch].sum())
 
     def _look_up(self, phase: str) -> None:
         """Gives a sign of life where one is due, and stops the run where it is to be stopped."""
-        if self.clock.total() - self.told_at > PROGRESS_SECONDS:
+        if ranks.leads() and self.clock.total() - self.told_at > PROGRESS_SECONDS:
             self.clock.switch("other")
             seconds = self.clock.read()
             done = Progress(self.state.step, seconds["train"] + seconds["evaluate"])
@@ -223,7 +239,7 @@ class Trainer:
 
     def _validate(self, bar: tqdm) -> None:
         """Scores the validation set, logs, and keeps the weights if they are the best so far."""
-        self._read_sums()
+        self._gather()
         state = self.state
         if not math.isfinite(state.train_loss):
             raise Stopped("diverged", f"the training loss is not finite by step {state.step:,}")
@@ -237,7 +253,9 @@ class Trainer:
             "val_accuracy": score.accuracy,
             "lr": learning_rate(self.config.train, state.step - 1),
         }
-        self.metrics.append({"step": state.step, "seconds": round(self.clock.total(), 3)} | metrics)
+        if ranks.leads():
+            seconds = round(self.clock.total(), 3)
+            self.metrics.append({"step": state.step, "seconds": seconds} | metrics)
         self.tracker.log(metrics, state.step)
         bar.set_postfix(loss=f"{metrics['train_loss']:.3f}", val=f"{score.accuracy:.1%}")
         state.last = asdict(score)
@@ -270,18 +288,23 @@ class Trainer:
             model = copy.deepcopy(model)
             model.load_state_dict(weights)
         score, predictions = self._evaluate(model, "test", validation.step)
+        self._gather()
         self.record.test = score
-        save_predictions(self.folder, predictions, self.data["test"].labels.cpu().numpy())
+        if ranks.leads():
+            save_predictions(self.folder, predictions, self.data["test"].labels.cpu().numpy())
 
     # --- what is kept ---------------------------------------------------------------------------
 
     def save(self) -> None:
         """Writes a checkpoint of the last whole step, unless its loss is not finite."""
         self.clock.switch("other")
-        self._read_sums()
+        self._gather()
         if math.isfinite(self.state.train_loss):
             self._read_measures()
-            checkpoint.save(self.folder, self.record.hash, self.state, self.model, self.optimizer)
+            if ranks.leads():
+                checkpoint.save(
+                    self.folder, self.record.hash, self.state, self.model, self.optimizer
+                )
             self.saved_at = self.clock.total()
 
     def complete_record(self) -> None:
@@ -308,8 +331,13 @@ class Trainer:
         summary = {key: value for key, value in asdict(self.record).items() if key != "config"}
         self.tracker.close(summary, failed=self.record.status != "ok")
 
-    def _read_sums(self) -> None:
-        self.state.train_loss, self.state.train_correct = self.sums.tolist()
+    def _gather(self) -> None:
+        """Adds up loss and right answers, and takes the largest peak, of all processes."""
+        state = self.state
+        with ranks.together() as meeting:
+            meeting.vote = self.memory.read() or 0
+        state.peak_memory = max(state.peak_memory, meeting.vote)
+        state.train_loss, state.train_correct = ranks.sum_(self.sums.clone()).tolist()
 
     def _read_measures(self) -> None:
         state, timed = self.state, self.timed
@@ -334,7 +362,7 @@ def evaluate(
     step: int,
     check: Callable[[], None] = lambda: None,
 ) -> tuple[Score, np.ndarray]:
-    """Scores every example of a split.
+    """Scores every example of a split, of several processes each its share.
 
     Args:
         model: The model, with the weights of ``step``.
@@ -348,14 +376,18 @@ def evaluate(
     """
     model.eval()
     device = data.labels.device
-    predictions = torch.empty(len(data), dtype=torch.long, device=device)
+    predictions = torch.zeros(len(data), dtype=torch.long, device=device)
     loss = torch.zeros((), dtype=torch.float64, device=device)
-    for batch in data.evaluation():
-        check()
-        with precision:
-            logits = model(batch.tokens, batch.key_mask).float()
-        predictions[batch.indices] = logits.argmax(-1)
-        loss += F.cross_entropy(logits, batch.labels, reduction="sum")
+    with ranks.together():
+        for batch in data.evaluation():
+            check()
+            with precision:
+                logits = model(batch.tokens, batch.key_mask).float()
+            predictions[batch.indices] = logits.argmax(-1)
+            loss += F.cross_entropy(logits, batch.labels, reduction="sum")
+    # Each example is scored by one process; in the others its prediction is 0.
+    ranks.sum_(predictions)
+    ranks.sum_(loss)
     correct = int((predictions == data.labels).sum())
     score = Score.of(correct, len(data), float(loss) / len(data), step)
     return score, predictions.cpu().numpy()
@@ -416,9 +448,13 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def step_seed(seed: int, step: int) -> int:
-    """Returns the seed of dropout and random features in one step of a run."""
-    return int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0] >> 1)
+def step_seed(seed: int, step: int, process: int = 0) -> int:
+    """Returns the seed of random features and dropout in one step of a run.
+
+    Random features are those of process 0 in all processes; dropout has a seed in each.
+    """
+    entropy = (seed, step, process) if process else (seed, step)
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
 
 
 def tested(train: TrainConfig, state: State) -> tuple[Score, dict[str, Tensor] | None]:

@@ -328,5 +328,6 @@ def _marks(row: Row, done: Sequence[Record]) -> str:
 def _conditions(r: Record) -> str:
     """Returns what speed and memory depend on; they compare only where it is the same."""
     told = f"{r.device['name']}, {r.device['threads']} threads, {r.precision['name']}"
-    shared = r.device.get("runs_at_once", 1)
+    shared, processes = (r.device.get(key, 1) for key in ("runs_at_once", "processes"))
+    told += f", {processes} processes" if processes > 1 else ""
     return told + (f", {shared} runs at once" if shared > 1 else "")
