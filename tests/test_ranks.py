@@ -4,6 +4,7 @@ import signal
 import socket
 import subprocess
 import sys
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -21,6 +22,8 @@ from lra.train import step_seed
 
 DRY = ("model.dropout=0", "model.attention_dropout=0", "train.eps=1e-3", "keep_checkpoint=true")
 """Without dropout, whose draws differ; Adam's eps keeps it from magnifying rounding."""
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
 
 def start(count, arguments, environment, cwd):
@@ -118,8 +121,7 @@ def test_torchrun_is_stopped_by_a_signal_and_one_process_goes_on(
 ):
     long = ("train.steps=200", "train.lr=1e-4")
     process = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        + ["-m", "lra", "train", *smoke(*DRY, *long)],
+        [*TORCHRUN, "--nproc_per_node=2", "-m", "lra", "train", *smoke(*DRY, *long)],
         env=environment,
         cwd=tmp_path,
         stdout=subprocess.PIPE,
@@ -250,9 +252,9 @@ def test_shares_have_every_example_once_and_lengths_alike(count):
         return [int(i) for piece in pieces for i in piece.indices]
 
     trained = [examples(share.training(2, 10, 3, seed=0)) for share in shares]
-    assert sorted(sum(trained, [])) == sorted(whole)
+    assert sorted(chain(*trained)) == sorted(whole)
     scored = [examples(share.evaluation()) for share in shares]
-    assert sorted(sum(scored, [])) == list(range(41))
+    assert sorted(chain(*scored)) == list(range(41))
     # Shares taken in turn from the sorted split differ by less than its longest example.
     tokens = [lengths[share].sum() for share in scored]
     assert max(tokens) - min(tokens) <= lengths.max()
