@@ -54,7 +54,13 @@ class Batches:
         device: Where they go, once.
         share: (i, n): of a batch, or of the split in evaluation, every n-th example from the i-th
             on, in order of length, so that all shares cost the same.
+
+    Attributes:
+        evaluation_tokens: Padded tokens of an evaluation batch; None for as many as the device is
+            given unless its memory runs out.
     """
+
+    evaluation_tokens: int | None = None
 
     def __init__(self, split: Split, device: torch.device, share: tuple[int, int] = (0, 1)) -> None:
         self._share = slice(share[0], None, share[1])
@@ -113,12 +119,25 @@ class Batches:
 
     def evaluation(self) -> Iterator[MicroBatch]:
         """Yields every example of the share once, in batches of similar length and similar cost."""
-        budget = CPU_TOKENS if self._device.type == "cpu" else GPU_EVALUATION_TOKENS
+        budget = self.evaluation_tokens or evaluation_tokens(self._device)
         order = np.argsort(-self.widths, kind="stable")[self._share]
         while len(order):
             count = max(1, budget // max(1, int(self.widths[order[0]])))
             yield self.gather(order[:count])
             order = order[count:]
+
+    def shrink(self) -> bool:
+        """Halves the tokens of an evaluation batch; returns False if the largest is one example."""
+        budget = self.evaluation_tokens or evaluation_tokens(self._device)
+        if budget <= int(self.widths.max(initial=1)):
+            return False
+        self.evaluation_tokens = budget // 2
+        return True
+
+
+def evaluation_tokens(device: torch.device) -> int:
+    """Returns the padded tokens of an evaluation batch on ``device``, at most."""
+    return CPU_TOKENS if device.type == "cpu" else GPU_EVALUATION_TOKENS
 
 
 def resolve_micro_batches(
