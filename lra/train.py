@@ -197,7 +197,7 @@ class Trainer:
         train, step, data = self.config.train, self.state.step, self.data["train"]
         batch = data.batch(step, train.batch_size, self.config.seed)
         with ranks.together():
-            sums = self._accumulated(step, len(batch))
+            sums = self._accumulated(step)
         ranks.sum_gradients(self.model)
         with self.changing:
             if train.clip_value:
@@ -220,7 +220,7 @@ class Trainer:
             self.timed.examples += len(batch)
             self.timed.tokens += int(data.lengths[batch].sum())
 
-    def _accumulated(self, step: int, size: int) -> Tensor:
+    def _accumulated(self, step: int) -> Tensor:
         """Adds up the gradients of a step's batch, in more pieces where memory runs out.
 
         Of several processes, each does so for its share of the batch.
@@ -230,14 +230,14 @@ class Trainer:
         """
         while True:
             try:
-                return self._accumulate(step, size)
+                return self._accumulate(step)
             except Exception as error:
                 self.optimizer.zero_grad(set_to_none=True)
                 if not (measure.out_of_memory(error) and self._more_pieces()):
                     raise
             torch.cuda.empty_cache()  # not before the error and what it holds is gone
 
-    def _accumulate(self, step: int, size: int) -> Tensor:
+    def _accumulate(self, step: int) -> Tensor:
         """Adds up the gradients of a step's batch; nothing else is changed that is kept."""
         seed = step_seed(self.config.seed, step)
         torch.manual_seed(step_seed(self.config.seed, step, ranks.index()))
@@ -245,6 +245,7 @@ class Trainer:
         pieces = self.data["train"].training(
             step, self.config.train.batch_size, self.pieces, self.config.seed
         )
+        size = min(self.config.train.batch_size, len(self.data["train"]))
         sums = self.sums.clone()
         self.model.train()
         for piece in pieces:
