@@ -163,27 +163,46 @@ def share_(tensors: Iterable[Tensor]) -> None:
         dist.broadcast(tensor, 0)
 
 
-def sum_gradients(model: nn.Module) -> None:
-    """Replaces gradients by their sums over all processes.
+class Gradients:
+    """Sums a model's gradients over all processes.
 
     One sum for all of them, after the last micro-batch, where `DistributedDataParallel` would begin
     with those of the last layers during its backward pass: so processes may have any number of
     micro-batches, or none, one that runs out of memory can say so first, and the gradient is that
     of the summed loss. Models of the arena are small; the sum takes little of a step.
     """
-    if count() == 1:
-        return
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)
-    _reduce(used, dist.ReduceOp.MAX)
-    # The optimiser leaves out what has no gradient in any of them.
-    parameters = [p for p, somewhere in zip(parameters, used.tolist(), strict=True) if somewhere]
-    flat = torch.cat(
-        [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]
-    )
-    _reduce(flat, dist.ReduceOp.SUM)
-    for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        p.grad = part.view_as(p)
+
+    def __init__(self, model: nn.Module) -> None:
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._used: list[bool] = []
+
+    def changed(self) -> bool:
+        """Tells whether other parameters have gradients here than had them in the last sum."""
+        if count() == 1:
+            return False
+        used = [p.grad is not None for p in self._parameters]
+        return any(used) and used != self._used  # none of them: this process had no examples
+
+    def sum_(self, changed: bool) -> None:
+        """Replaces gradients by their sums.
+
+        Args:
+            changed: What `changed` says in any of the processes.
+        """
+        if count() == 1:
+            return
+        if changed:
+            used = torch.tensor([p.grad is not None for p in self._parameters], dtype=torch.uint8)
+            _reduce(used, dist.ReduceOp.MAX)
+            self._used = [bool(somewhere) for somewhere in used]
+        # The optimiser leaves out what has no gradient in any of them.
+        summed = [p for p, used in zip(self._parameters, self._used, strict=True) if used]
+        flat = torch.cat(
+            [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in summed]
+        )
+        _reduce(flat, dist.ReduceOp.SUM)
+        for p, part in zip(summed, flat.split([p.numel() for p in summed]), strict=True):
+            p.grad = part.view_as(p)
 
 
 def _reduce(tensor: Tensor, operation: "dist.ReduceOp.RedOpType") -> None:

@@ -128,6 +128,7 @@ class Trainer:
                 checkpoint.settle(folder, saved["name"])
             LOG.info("%s: goes on from step %d", folder, self.state.step)
         ranks.share_(self.model.state_dict().values())
+        self.gradients = ranks.Gradients(self.model)
         self.pieces_asked = resolve_micro_batches(
             config.micro_batches,
             math.ceil(config.train.batch_size / ranks.count()),
@@ -196,9 +197,10 @@ class Trainer:
         """Takes one optimiser step on one batch, in more micro-batches where memory runs out."""
         train, step, data = self.config.train, self.state.step, self.data["train"]
         batch = data.batch(step, train.batch_size, self.config.seed)
-        with ranks.together():
+        with ranks.together() as meeting:
             sums = self._accumulated(step)
-        ranks.sum_gradients(self.model)
+            meeting.vote = self.gradients.changed()
+        self.gradients.sum_(bool(meeting.vote))
         with self.changing:
             if train.clip_value:
                 nn.utils.clip_grad_value_(self.model.parameters(), train.clip_value)
