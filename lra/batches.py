@@ -2,7 +2,7 @@
 
 A batch is a function of (seed, step) alone, so that a resumed run sees what the uninterrupted run
 would have seen. It is sorted by length and run as a few micro-batches, each padded only to its own
-longest sequence; together they are exactly the batch.
+longest sequence; together they are exactly the batch. Of several processes each has a share of it.
 """
 
 import math
@@ -52,9 +52,18 @@ class Batches:
     Args:
         split: The examples.
         device: Where they go, once.
+        share: (i, n): of a batch, or of the split in evaluation, every n-th example from the i-th
+            on, in order of length, so that all shares cost the same.
+
+    Attributes:
+        evaluation_tokens: Padded tokens of an evaluation batch; None for as many as the device is
+            given unless its memory runs out.
     """
 
-    def __init__(self, split: Split, device: torch.device) -> None:
+    evaluation_tokens: int | None = None
+
+    def __init__(self, split: Split, device: torch.device, share: tuple[int, int] = (0, 1)) -> None:
+        self._share = slice(share[0], None, share[1])
         self.lengths = split.lengths
         # Padded tokens that an example asks for: its longest sequence, as often as it has some.
         self.widths = split.lengths
@@ -88,8 +97,8 @@ class Batches:
         chosen = torch.from_numpy(indices).to(self._device)
         return MicroBatch(tokens, key_mask, self.labels[chosen], chosen, int(lengths.sum()))
 
-    def training(self, step: int, batch_size: int, pieces: int, seed: int) -> list[MicroBatch]:
-        """Returns the micro-batches of optimiser step ``step`` (from 0).
+    def batch(self, step: int, batch_size: int, seed: int) -> np.ndarray:
+        """Returns the examples of optimiser step ``step`` (from 0), those of most tokens first.
 
         Every epoch is a new permutation; its last, incomplete batch is left out.
         """
@@ -99,17 +108,36 @@ class Batches:
             self._order = np.random.default_rng((seed, epoch)).permutation(len(self))
             self._epoch = (seed, epoch)
         chosen = self._order[batch * batch_size : (batch + 1) * batch_size]
-        chosen = chosen[np.argsort(-self.widths[chosen], kind="stable")]
-        return [self.gather(piece) for piece in np.array_split(chosen, min(pieces, batch_size))]
+        return chosen[np.argsort(-self.widths[chosen], kind="stable")]
+
+    def training(self, step: int, batch_size: int, pieces: int, seed: int) -> list[MicroBatch]:
+        """Returns the micro-batches of the share of optimiser step ``step`` (from 0)."""
+        chosen = self.batch(step, batch_size, seed)[self._share]
+        if not len(chosen):
+            return []
+        return [self.gather(piece) for piece in np.array_split(chosen, min(pieces, len(chosen)))]
 
     def evaluation(self) -> Iterator[MicroBatch]:
-        """Yields every example once, in batches of similar length and similar cost."""
-        budget = CPU_TOKENS if self._device.type == "cpu" else GPU_EVALUATION_TOKENS
-        order = np.argsort(-self.widths, kind="stable")
+        """Yields every example of the share once, in batches of similar length and similar cost."""
+        budget = self.evaluation_tokens or evaluation_tokens(self._device)
+        order = np.argsort(-self.widths, kind="stable")[self._share]
         while len(order):
             count = max(1, budget // max(1, int(self.widths[order[0]])))
             yield self.gather(order[:count])
             order = order[count:]
+
+    def shrink(self) -> bool:
+        """Halves the tokens of an evaluation batch; returns False if the largest is one example."""
+        budget = self.evaluation_tokens or evaluation_tokens(self._device)
+        if budget <= int(self.widths.max(initial=1)):
+            return False
+        self.evaluation_tokens = budget // 2
+        return True
+
+
+def evaluation_tokens(device: torch.device) -> int:
+    """Returns the padded tokens of an evaluation batch on ``device``, at most."""
+    return CPU_TOKENS if device.type == "cpu" else GPU_EVALUATION_TOKENS
 
 
 def resolve_micro_batches(

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from lra.files import disk_is_full, full_disk
+
 LOG = logging.getLogger("lra")
 
 EPILOG = """\
@@ -72,11 +74,19 @@ conf/bench.yaml and conf/shape/ have every key and its meaning.
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs `lra` and exits: 0 for success, 1 for a failed run, 2 for a mistake in the call."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    handler = _Console(logging.INFO)
+    follows = _processes() > 1 and os.environ.get("RANK", "0") != "0"
+    # What the first of several processes tells, the others need not.
+    handler = _Console(logging.ERROR if follows else logging.INFO)
     LOG.addHandler(handler)
     LOG.setLevel(logging.INFO)
     LOG.propagate = False
     try:
+        if _processes() > 1 and (
+            arguments[:1] != ["train"] or {"-h", "--help", "--dry-run"} & set(arguments)
+        ):
+            raise ValueError(
+                f"torchrun is for training alone: type lra {' '.join(arguments)} without it."
+            )
         if arguments[:1] == ["train"]:
             code = _train(arguments[1:])
         elif arguments[:1] == ["bench"]:
@@ -85,7 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             code = _other(arguments)
         sys.stdout.flush()
     except ValueError as error:
-        print(f"lra: {error}", file=sys.stderr)
+        if not follows:
+            print(f"lra: {error}", file=sys.stderr)
         code = 2
     except BrokenPipeError:
         # The reader of our output has gone (`lra ls | head`); nothing is left to say.
@@ -93,6 +104,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = 0
     except OSError as error:
         told = f"{error.strerror}: {error.filename}" if error.filename else str(error)
+        if disk_is_full(error):
+            told = full_disk(error)
         print(f"lra: {told or type(error).__name__}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
@@ -100,6 +113,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     finally:
         LOG.removeHandler(handler)
     sys.exit(code)
+
+
+def _processes() -> int:
+    """Returns how many processes torchrun has started."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 class _Console(logging.Handler):
@@ -127,14 +145,19 @@ def _train(arguments: list[str]) -> int:
         from lra.plan import dry_run
 
         return dry_run(overrides, multirun)
-    if multirun:
-        from lra.sweep import sweep
+    from lra import ranks
 
-        return sweep(overrides)
-    from lra.compose import load
-    from lra.tune import train
+    with ranks.joined():
+        if multirun:
+            from lra.sweep import sweep
 
-    record = train(load(overrides))
+            return sweep(overrides)
+        from lra.compose import load
+        from lra.tune import train
+
+        with ranks.together():
+            config = load(overrides)
+        record = train(config)
     return {"ok": 0, "interrupted": 130}.get(record.status, 1)
 
 

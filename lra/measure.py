@@ -1,6 +1,5 @@
 """What a run measures: clocks, peak memory, and the facts of its machine and code."""
 
-import errno
 import os
 import platform
 import subprocess
@@ -14,6 +13,9 @@ from typing import Any, Literal
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from lra import ranks
+from lra.files import disk_is_full, full_disk
 
 PHASES = ("train", "evaluate", "other")
 
@@ -138,21 +140,36 @@ def _status_bytes(field: str) -> int:
 
 
 def resolve_device(setting: str) -> torch.device:
-    """Returns the device for ``device=``.
+    """Returns the device for ``device=``; of several processes each has a GPU of its own.
 
     Raises:
         ValueError: If there is no such device.
     """
+    several = ranks.count() > 1
     if setting == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        setting = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(setting)
     except RuntimeError:
         raise ValueError(f"device={setting} is no device: use auto, cpu, cuda, cuda:1.") from None
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device={setting} is not supported: use auto, cpu, cuda, cuda:1.")
+    if device.type == "cpu":
+        return device
     count = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= count:
+    if several and device.index is not None:
+        raise ValueError(
+            f"device={setting} is one GPU, but {ranks.count()} processes need one each: use "
+            f"device=cuda."
+        )
+    if several and ranks.local_index() >= count:
+        raise ValueError(
+            f"Each process needs a GPU of its own, but torch sees {count}: start no more than "
+            f"that, as torchrun --nproc_per_node={max(1, count)}."
+        )
+    if several:
+        return torch.device("cuda", ranks.local_index())
+    if (device.index or 0) >= count:
         raise ValueError(f"device={setting} is not there: torch sees {count} CUDA devices.")
     return device
 
@@ -171,13 +188,22 @@ def resolve_precision(setting: str, device: torch.device) -> tuple[str, str]:
 def failure(error: Exception) -> tuple[Literal["oom", "failed"], str]:
     """Returns the status and the reason for an error that ended a run."""
     message = str(error).strip() or type(error).__name__
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate" in message:
+    if out_of_memory(error):
         return "oom", message.splitlines()[0]
     if isinstance(error, ValueError):
         return "failed", message
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return "failed", f"the disk is full: {error.filename or message}"
+    if isinstance(error, OSError) and disk_is_full(error):
+        return "failed", full_disk(error)
     return "failed", f"{type(error).__name__}: {message.splitlines()[0]}"
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Tells whether an error says that memory has run out, of the device or of the machine."""
+    told = ("can't allocate", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    message = str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        words in message for words in told
+    )
 
 
 def device_facts(device: torch.device) -> dict[str, Any]:

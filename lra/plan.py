@@ -197,5 +197,6 @@ def _cost(r: Record) -> str:
             [train.get(key) for key in ("batch_size", "eval_every")],
             r.precision.get("name"),
             r.device.get("name"),
+            r.device.get("processes", 1),
         ]
     )

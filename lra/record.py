@@ -13,8 +13,8 @@ from lra.config import identity
 from lra.files import short_hash, write_atomically, write_text
 from lra.typed import from_mapping
 
-SCHEMA = 2
-"""2 adds tuning and trial_of to 1."""
+SCHEMA = 3
+"""2 adds tuning and trial_of to 1; 3 adds shrunk."""
 
 PROGRESS = "progress.json"
 """Written by a run every few seconds while it trains, and removed at its end."""
@@ -93,11 +93,17 @@ class Record:
         evaluation_seconds: Time in evaluations and the final test.
         other_seconds: All other time: data, set-up, checkpoints.
         throughput: Speed of training steps.
-        peak_memory_bytes: Peak memory above what was held before the model was built.
+        peak_memory_bytes: Peak memory above what was held before the model was built, of the
+            process that needed most.
         memory_kind: What the peak counts, or why there is none.
-        micro_batches: Pieces a batch was run in.
+        micro_batches: Pieces that each process ran its share of a batch in, in the end; the batch
+            is that of the configuration whatever their number.
+        shrunk: What was made smaller where memory ran out, with its numbers at first and at last:
+            ``micro_batches``, which become more, and ``evaluation_tokens``, padded tokens of an
+            evaluation batch. None if memory sufficed.
         precision: ``fp32`` or ``bf16``, with the reason for it.
-        device: Kind (cpu, cuda), name, threads, and how many runs shared it.
+        device: Kind (cpu, cuda), name, threads of a process, how many runs shared it, and how many
+            processes shared the run, each with such a device.
         versions: Python and package versions.
         commit: Git commit of the code, with ``dirty`` if it was modified; unknown outside git.
         tuning: Of a tuned run, the name of the tuning, its grid, the trials (of each its value,
@@ -136,6 +142,7 @@ class Record:
     peak_memory_bytes: int | None = None
     memory_kind: str = ""
     micro_batches: int | None = None
+    shrunk: dict[str, Any] | None = None
     tuning: dict[str, Any] | None = None
     trial_of: str | None = None
     schema: int = field(default=SCHEMA)

@@ -3,10 +3,12 @@
 import contextlib
 import json
 import logging
+import os
 import shlex
 import shutil
-import signal
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
@@ -14,12 +16,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from lra import checkpoint, measure, record
+from lra import checkpoint, divergence, measure, ranks, record
 from lra.batches import Batches
 from lra.config import RunConfig
 from lra.files import Busy, canonical_json, locked, short_hash
 from lra.plugins import import_plugins
 from lra.record import Record, Score
+from lra.signals import StopSignals
 from lra.text import shareable
 from lra.train import Stopped, Trainer, autocast, build_model, evaluate, tested
 from lra.typed import from_mapping
@@ -47,12 +50,31 @@ def run(config: RunConfig, tuning: dict[str, Any] | None = None, wait: bool = Fa
             damaged, or it was finished on other data.
     """
     folder = run_folder(config)
-    folder.mkdir(parents=True, exist_ok=True)
     try:
-        with locked(folder / ".lock", wait):
+        with _locked(folder, wait):
             return _run_owned(config, tuning, folder)
     except Busy:
         raise Busy(f"Another process is working on {folder}.") from None
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, wait: bool) -> Iterator[None]:
+    """Holds the lock of a run's folder, which the first process takes for all."""
+    with contextlib.ExitStack() as held:
+
+        def take() -> None:
+            folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(folder / ".lock", wait and ranks.count() == 1))
+
+        while True:
+            try:
+                ranks.first(take)
+                break
+            except Busy:
+                if not wait:
+                    raise
+            time.sleep(1)  # rather than in the lock: the others would take it for an end
+        yield
 
 
 def run_folder(config: RunConfig) -> Path:
@@ -92,12 +114,13 @@ def new_record(config: RunConfig) -> Record:
         },
         seed=config.seed,
         config=settings,
-        command=shareable(shlex.join(["lra", *sys.argv[1:]])),
+        command=shareable(shlex.join([*_program(), *sys.argv[1:]])),
         started=datetime.now(UTC).isoformat(timespec="seconds"),
         precision={"name": precision, "reason": reason},
         device=measure.device_facts(device)
         | {
             "runs_at_once": config.runs_at_once,
+            "processes": ranks.count(),
             "compiled": config.compile,
             "activation_checkpointing": config.activation_checkpointing,
         },
@@ -107,31 +130,36 @@ def new_record(config: RunConfig) -> Record:
     )
 
 
+def _program() -> list[str]:
+    if ranks.count() == 1:
+        return ["lra"]
+    here = os.environ.get("LOCAL_WORLD_SIZE") or ranks.count()
+    return ["torchrun", f"--nproc_per_node={here}", "-m", "lra"]
+
+
 def _run_owned(config: RunConfig, tuning: dict[str, Any] | None, folder: Path) -> Record:
-    earlier = record.load(folder) if config.reuse == "auto" else None
+    earlier = ranks.first(lambda: record.load(folder)) if config.reuse == "auto" else None
     # A trial that has diverged has said what it was asked, to all seeds alike.
     if earlier is not None and (
         earlier.status == "ok" or (earlier.status == "diverged" and earlier.trial_of is not None)
     ):
-        check_finished(config, folder, earlier)
+        with ranks.together():
+            check_finished(config, folder, earlier)
         LOG.info("Finished before. %s", describe(earlier))
         return earlier
-    if config.reuse == "never":
-        _clear(folder)
+    ranks.first(lambda: _tidy(folder, everything=config.reuse == "never"))
     current = new_record(config)
     current.tuning = tuning
-    for left_over in folder.glob(".*.tmp"):  # of a write that a kill -9 cut
-        left_over.unlink()
     if earlier is not None:
         current.started, current.sessions = earlier.started, earlier.sessions + 1
-    with _log_file(folder):
+    with _log_file(folder) if ranks.leads() else contextlib.nullcontext():
         LOG.debug("%s", current.command)
         data_hash = earlier.task.get("data_hash") if earlier else None
         if tuning is None:
             _run_recorded(config, current, folder, data_hash)
         elif tuning["chosen"] is None:
             current.status, current.reason = _unchosen(tuning["trials"])
-            current.save(folder)
+            ranks.first(lambda: current.save(folder))
         else:
             train = replace(config.train, lr=tuning["chosen"])
             _run_recorded(replace(config, train=train), current, folder, data_hash)
@@ -141,43 +169,82 @@ def _run_owned(config: RunConfig, tuning: dict[str, Any] | None, folder: Path) -
 
 def _run_recorded(config: RunConfig, current: Record, folder: Path, data_hash: str | None) -> None:
     """Runs, and turns whatever ends the run into the status and reason of its record."""
-    current.save(folder)
+
+    def begin() -> None:
+        current.save(folder)
+        (folder / divergence.FILE).unlink(missing_ok=True)
+
+    ranks.first(begin)
     trainer = None
     device = measure.resolve_device(config.device)
     clock = measure.Clock(device)
-    with _StopSignals() as stop:
-        try:
-            prepared = config.build_task().prepare()
-            _check_data(prepared.manifest, folder, data_hash)
-            current.task |= {
-                "data_hash": prepared.manifest["hash"],
-                "source": prepared.manifest["source"],
-                "splits": prepared.manifest["splits"],
-                "baselines": prepared.manifest["baselines"],
-            }
-            trainer = Trainer(config, current, prepared, folder, device, stop, clock)
-            stop.deferred = True
-            _train(trainer)
-            current.status = "ok"
-        except Stopped as stopped:
-            current.status, current.reason = stopped.status, str(stopped)
-        except KeyboardInterrupt:
-            current.status, current.reason = "interrupted", "stopped at once, without a checkpoint"
-        except Exception as error:
-            current.status, current.reason = measure.failure(error)
-            LOG.debug("%s", traceback.format_exc())
-        current.reason = shareable(current.reason)
-        if trainer is not None:
+    ending = threading.Lock()  # held by the thread that writes how the run ended
+
+    def give_up(name: str) -> None:
+        """Ends the process in the midst of what it is at; the last whole step is saved.
+
+        Of several processes none saves: what they have to add up first would be waited for.
+        """
+        with ending:
             try:
-                trainer.complete_record()
-            except Exception as error:  # the device may be what failed
-                LOG.warning("The last measures of this run are missing: %s", error)
-        current.save(folder)
-        (folder / record.PROGRESS).unlink(missing_ok=True)
-        if current.status == "ok" and not config.keep_checkpoint:
-            (folder / checkpoint.FILE).unlink(missing_ok=True)
+                if current.status == "running":
+                    current.status, current.reason = "interrupted", f"{name} received"
+                    if trainer is not None and ranks.count() == 1:
+                        current.reason += ", in a step or batch that is taken again"
+                        trainer.save()
+                    elif trainer is not None:
+                        current.reason += f"; it goes on from step {trainer.saved[0]}"
+                    _write_end(current, trainer, folder)
+                    LOG.info("%s", describe(current))
+                    sys.stdout.flush()
+            finally:
+                os._exit(130)
+
+    with StopSignals(give_up) as stop:
+        status: record.Status
+        try:
+            with ranks.together():
+                prepared = config.build_task().prepare()
+                _check_data(prepared.manifest, folder, data_hash)
+                current.task |= {
+                    "data_hash": prepared.manifest["hash"],
+                    "source": prepared.manifest["source"],
+                    "splits": prepared.manifest["splits"],
+                    "baselines": prepared.manifest["baselines"],
+                }
+                trainer = Trainer(config, current, prepared, folder, device, stop, clock)
+                stop.deferred = True
+                status, reason = _train(trainer)
+        except KeyboardInterrupt:
+            status, reason = "interrupted", "stopped at once, without a checkpoint"
+        except Exception as error:
+            status, reason = measure.failure(error)
+            LOG.debug("%s", traceback.format_exc())
+        with ending:
+            current.status, current.reason = status, reason
+            _write_end(current, trainer, folder)
+            if current.status == "ok" and not config.keep_checkpoint and ranks.leads():
+                checkpoint.remove(folder)
         if trainer is not None:
             trainer.close()
+
+
+def _write_end(current: Record, trainer: Trainer | None, folder: Path) -> None:
+    """Writes the record of a run that has ended; that it cannot be written is a failure too."""
+    current.reason = shareable(current.reason)
+    if trainer is not None:
+        try:
+            trainer.complete_record()
+        except Exception as error:  # the device may be what failed
+            LOG.warning("The last measures of this run are missing: %s", error)
+    if not ranks.leads():
+        return
+    try:
+        current.save(folder)
+    except OSError as error:
+        current.status, reason = measure.failure(error)
+        current.reason = shareable(reason)
+    (folder / record.PROGRESS).unlink(missing_ok=True)
 
 
 def check_finished(config: RunConfig, folder: Path, finished: Record) -> None:
@@ -203,15 +270,24 @@ def _check_data(manifest: Mapping[str, Any], folder: Path, data_hash: str | None
         )
 
 
-def _train(trainer: Trainer) -> None:
-    """Trains and tests; of a run that is stopped, keeps the last whole step."""
+def _train(trainer: Trainer) -> tuple[record.Status, str]:
+    """Trains and tests, and saves the last whole step of a run that is stopped.
+
+    A run that has diverged keeps the checkpoint from before: the same command ends as it did.
+
+    Returns:
+        How it ended, and why.
+    """
     try:
         trainer.fit()
         trainer.test()
+        trainer.finish()
     except Stopped as stopped:
-        if stopped.status != "diverged":
-            trainer.save()
-        raise
+        told = ""
+        if stopped.status != "diverged" and not trainer.save():
+            told = f"; it goes on from step {trainer.saved[0]}, as no later one could be saved"
+        return stopped.status, f"{stopped}{told}"
+    return "ok", ""
 
 
 def _unchosen(trials: list[dict[str, Any]]) -> tuple[record.Status, str]:
@@ -238,7 +314,12 @@ def evaluate_again(folder: Path) -> tuple[Record, Score]:
         raise ValueError(f"{folder} has no record.json: give the folder of a run.")
     if finished.trial_of is not None:
         raise ValueError(f"{folder} is a trial of a tuning, and trials are never tested.")
-    saved = checkpoint.load(folder, finished.hash)
+    config = from_mapping(RunConfig, finished.config, "")
+    import_plugins(config.plugins)
+    device = measure.resolve_device(config.device)
+    task = config.build_task()
+    model = build_model(config, task)
+    saved = checkpoint.load(folder, finished.hash, model)
     if saved is None and finished.status == "ok":
         raise ValueError(
             f"{folder} has no checkpoint: that of a finished run is removed, unless it is to be "
@@ -246,17 +327,13 @@ def evaluate_again(folder: Path) -> tuple[Record, Score]:
         )
     if saved is None or saved["state"].best is None:
         raise ValueError(f"{folder} has no checkpoint with an evaluation: {finished.status}.")
-    config = from_mapping(RunConfig, finished.config, "")
-    import_plugins(config.plugins)
-    device = measure.resolve_device(config.device)
-    task = config.build_task()
     validation, weights = tested(config.train, saved["state"])
-    model = build_model(config, task)
     model.load_state_dict(saved["model"] if weights is None else weights)
     prepared = task.prepare()
     _check_data(prepared.manifest, folder, finished.task.get("data_hash"))
     finished.steps = saved["state"].step
     data = Batches(prepared.splits["test"], device)
+    data.evaluation_tokens = saved["state"].evaluation_tokens
     precision = autocast(device, finished.precision["name"])
     score, _ = evaluate(model.to(device), data, precision, validation.step)
     return finished, score
@@ -277,34 +354,22 @@ def describe(finished: Record) -> str:
     )
 
 
-class _StopSignals:
-    """Notes SIGINT, SIGTERM and SIGHUP; acts at once until ``deferred``, and on a second one."""
+class _LogFile(logging.FileHandler):
+    """A file of messages that a full disk ends, but nothing else: the console has them too."""
 
-    def __init__(self) -> None:
-        self.signal: str | None = None
-        self.deferred = False
-        self._previous: dict[int, Any] = {}
+    def handleError(self, _: logging.LogRecord) -> None:
+        """Says nothing."""
 
-    def __enter__(self) -> "_StopSignals":
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            self._previous[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _frame: object) -> None:
-        again = self.signal is not None
-        self.signal = signal.Signals(number).name
-        if again or not self.deferred:
-            raise KeyboardInterrupt
+    def close(self) -> None:
+        """Closes the file, whatever could not be written."""
+        with contextlib.suppress(OSError):
+            super().close()
 
 
 @contextlib.contextmanager
 def _log_file(folder: Path) -> Iterator[None]:
     """Writes the run's messages and tracebacks to ``log.txt`` too."""
-    handler = logging.FileHandler(folder / "log.txt")
+    handler = _LogFile(folder / "log.txt")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     handler.setLevel(logging.DEBUG)
     LOG.addHandler(handler)
@@ -316,7 +381,8 @@ def _log_file(folder: Path) -> Iterator[None]:
         handler.close()
 
 
-def _clear(folder: Path) -> None:
-    for path in folder.iterdir():
+def _tidy(folder: Path, everything: bool) -> None:
+    """Removes what a write that a kill -9 cut has left, or all but the lock."""
+    for path in folder.iterdir() if everything else folder.glob(".*.tmp"):
         if path.name != ".lock":
             shutil.rmtree(path) if path.is_dir() else path.unlink()

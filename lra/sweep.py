@@ -15,17 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 
-from lra import record
+from lra import ranks, record
 from lra.compose import conf_dir, load, store_groups
+from lra.signals import ENDS
 from lra.text import aligned
 
 if TYPE_CHECKING:
     from lra.plan import Planned
 
 LOG = logging.getLogger("lra")
-
-ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""The first of them asks all runs to save and end, the second kills them."""
 
 LOOK_SECONDS = 0.2
 """Between two looks whether a run has ended, or is to be stopped."""
@@ -45,14 +43,21 @@ def sweep(overrides: Sequence[str]) -> int:
     """
     from lra.plan import plan, tell_missing
 
-    runs = plan(overrides)
+    runs = ranks.first(lambda: plan(overrides))
+    shared = max((run.config.runs_at_once for run in runs), default=1)
+    if ranks.count() > 1 and shared > 1:
+        raise ValueError(
+            f"{shared} runs at once would each want all {ranks.count()} processes: leave "
+            f"launch= and runs_at_once= out, or start lra without torchrun."
+        )
     tell_missing(runs)
     finished = [run for run in runs if run.state.status == "ok"]
     jobs = [run.job for run in runs if run.state.status not in ("ok", "data missing")]
     LOG.info("%d runs, %d of them finished before", len(runs), len(finished))
     stopped = bool(jobs) and _launch(overrides, jobs)
-    rows = [_row(run) for run in runs]
-    print(aligned([("run", "status", "test", "reason or log"), *rows]))
+    rows = ranks.first(lambda: [_row(run) for run in runs])
+    if ranks.leads():
+        print(aligned([("run", "status", "test", "reason or log"), *rows]))
     if stopped:
         return 130
     ended = [row[1] for row in rows if row[1] != "data missing"]
@@ -111,9 +116,10 @@ def _run(_: Any, signals: Path, starter: int) -> None:
     root = str(Path(__file__).parents[1])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     bars = {} if os.getpid() == starter else {"TQDM_DISABLE": "1"}  # of several runs, unreadable
+    group = ranks.environment(HydraConfig.get().job.num)
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "lra", "train", *overrides],
-        env=os.environ | {"PYTHONPATH": path} | bars,
+        env=os.environ | {"PYTHONPATH": path} | bars | group,
         start_new_session=True,
     )
     asked = 0
@@ -126,13 +132,16 @@ def _run(_: Any, signals: Path, starter: int) -> None:
         asked = stops
         time.sleep(LOOK_SECONDS)
     # 0, 1 and 130 are told in the record; 2 is a refusal, of a run that is not ours to judge.
-    if code not in (0, 1, 2, 130) and not asked:
+    if code not in (0, 1, 2, 130) and not asked and ranks.leads():
         _record_crash(overrides, code)
 
 
 @contextlib.contextmanager
 def _noting_signals(folder: Path) -> Iterator[None]:
-    """Notes signals as files in ``folder``, where the processes of all launchers see them."""
+    """Notes signals as files in ``folder``, where the processes of all launchers see them.
+
+    The first of them asks all runs to save and end, the second kills them.
+    """
 
     def note(*_: object) -> None:
         (folder / str(_stops(folder))).touch()

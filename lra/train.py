@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -22,10 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lra import checkpoint, measure
-from lra.batches import Batches, resolve_micro_batches
+from lra import checkpoint, divergence, measure, ranks
+from lra.batches import Batches, evaluation_tokens, resolve_micro_batches
 from lra.checkpoint import Metrics, State, Timed
 from lra.config import ModelConfig, RunConfig, TrainConfig
+from lra.files import disk_is_full
 from lra.record import (
     Progress,
     Record,
@@ -55,8 +57,11 @@ class Stopped(Exception):
     """A run that ends before its last step, with the status and the reason for its record."""
 
     def __init__(self, status: Status, reason: str) -> None:
-        super().__init__(reason)
+        super().__init__(status, reason)
         self.status: Status = status
+
+    def __str__(self) -> str:
+        return self.args[1]
 
 
 class StopRequest(Protocol):
@@ -74,7 +79,7 @@ class Trainer:
         prepared: The task's data.
         folder: The run's folder; a checkpoint in it is gone on from.
         device: Where to compute.
-        stop: Looked at after every step and evaluation batch.
+        stop: Looked at before every micro-batch and evaluation batch.
         clock: The session's clocks, running since its start.
     """
 
@@ -90,21 +95,18 @@ class Trainer:
     ) -> None:
         self.config, self.record, self.folder = config, record, folder
         self.device, self.stop = device, stop
+        if device.index is not None:  # of several GPUs; some kernels ask for the current one
+            torch.cuda.set_device(device)
         self.autocast = autocast(device, record.precision["name"])
-        saved = checkpoint.load(folder, record.hash)
-        self.state = saved["state"] if saved else State()
         self.clock = clock
-        self.clock.carry(self.state.seconds)
+        share = (ranks.index(), ranks.count())
         self.data = {
-            name: Batches(split, device)
+            name: Batches(split, device, share)
             for name, split in prepared.splits.items()
             if name != "test" or config.trial_of is None
         }
-        self.pieces = resolve_micro_batches(
-            config.micro_batches, config.train.batch_size, self.data["train"].widths, device
-        )
-
-        self.tracker = Tracker(config.wandb if config.tracker == "wandb" else None, record, folder)
+        tracked = config.tracker == "wandb" and ranks.leads()
+        self.tracker = Tracker(config.wandb if tracked else None, record, folder)
         # After the data and the tracker, whose memory is not the model's.
         self.memory = measure.PeakMemory(device)
         torch.manual_seed(config.seed)
@@ -120,26 +122,45 @@ class Trainer:
             weight_decay=config.train.weight_decay,
             fused=True,
         )
+        saved = ranks.first(lambda: checkpoint.load(folder, record.hash, self.model))
+        self.state = saved["state"] if saved else State()
+        self.clock.carry(self.state.seconds)
         if saved:
             self.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
+            if ranks.leads():
+                checkpoint.settle(folder, saved["name"])
             LOG.info("%s: goes on from step %d", folder, self.state.step)
+        ranks.share_(self.model.state_dict().values())
+        self.gradients = ranks.Gradients(self.model)
+        self.pieces_asked = resolve_micro_batches(
+            config.micro_batches,
+            math.ceil(config.train.batch_size / ranks.count()),
+            self.data["train"].widths,
+            device,
+        )
+        self.pieces = max(self.pieces_asked, self.state.micro_batches or 0)
 
-        record.micro_batches = self.pieces
         record.parameters = count_parameters(self.model)
         with torch.device("meta"):
             record.parameters_of_softmax = count_parameters(build_model(config, task, "softmax"))
-        self.metrics = Metrics(folder / "metrics.jsonl", self.state.evaluated)
-        # Summed training loss and right answers stay on the device between evaluations.
-        self.sums = torch.tensor(
-            [self.state.train_loss, self.state.train_correct], dtype=torch.float64, device=device
-        )
+        if ranks.leads():
+            self.metrics = Metrics(folder / "metrics.jsonl", self.state.evaluated)
+        # Summed training loss and right answers of this process stay on the device between
+        # evaluations.
+        before = [self.state.train_loss, self.state.train_correct] if ranks.leads() else [0.0, 0.0]
+        self.sums = torch.tensor(before, dtype=torch.float64, device=device)
+        # Held by whoever changes or saves what a checkpoint holds: at the worst, a thread saves.
+        self.changing = threading.RLock()
         self.session_steps = 0
         self.timed_before = self.state.timed
         self.timed = Timed()
         self.untimed_seconds = 0.0
         self.saved_at = self.clock.total()
         self.told_at = -math.inf
+        self.saved = self._mark()
+        self.told_of_full_disk = False
+        self.finite_step, self.finite_loss = self.state.step, None
 
     # --- loop -----------------------------------------------------------------------------------
 
@@ -156,6 +177,7 @@ class Trainer:
             desc=f"{self.record.attention['name']} s{self.config.seed}",
             unit="step",
             mininterval=0.5 if sys.stderr.isatty() else 10,
+            **({} if ranks.leads() else {"disable": True}),
         ) as bar:
             while True:
                 if state.step > state.evaluated and (
@@ -168,72 +190,153 @@ class Trainer:
                 self.clock.switch("train")
                 self._step()
                 bar.update()
-                self._look_up("train")
-                if self.clock.total() - self.saved_at > self.config.checkpoint_seconds:
+                with ranks.together() as meeting:
+                    self._look_up("train")
+                    unsaved = self.clock.total() - self.saved_at
+                    meeting.vote = unsaved > self.config.checkpoint_seconds
+                if meeting.vote:
                     self.save()
 
     def _step(self) -> None:
-        """Takes one optimiser step on one batch, in micro-batches."""
-        train, step = self.config.train, self.state.step
-        seed = step_seed(self.config.seed, step)
-        torch.manual_seed(seed)
-        resample(self.model, torch.Generator().manual_seed(seed))
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(train, step)
-            group["betas"] = (beta1(train, step), train.betas[1])
-        pieces = self.data["train"].training(step, train.batch_size, self.pieces, self.config.seed)
-        size = sum(len(piece.labels) for piece in pieces)
-        self.model.train()
-        for piece in pieces:
-            with self.autocast:
-                logits = self.model(piece.tokens, piece.key_mask).float()
-            loss = F.cross_entropy(logits, piece.labels, reduction="sum")
-            (loss / size).backward()
-            correct = (logits.detach().argmax(-1) == piece.labels).sum()
-            self.sums += torch.stack([loss.detach().double(), correct.double()])
-        if train.clip_value:
-            nn.utils.clip_grad_value_(self.model.parameters(), train.clip_value)
-        if train.clip_norm:
-            nn.utils.clip_grad_norm_(self.model.parameters(), train.clip_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-        self.state.step += 1
-        self.state.train_seen += size
+        """Takes one optimiser step on one batch, in more micro-batches where memory runs out."""
+        train, step, data = self.config.train, self.state.step, self.data["train"]
+        batch = data.batch(step, train.batch_size, self.config.seed)
+        with ranks.together() as meeting:
+            sums = self._accumulated(step)
+            meeting.vote = self.gradients.changed()
+        self.gradients.sum_(bool(meeting.vote))
+        with self.changing:
+            if train.clip_value:
+                nn.utils.clip_grad_value_(self.model.parameters(), train.clip_value)
+            if train.clip_norm:
+                nn.utils.clip_grad_norm_(self.model.parameters(), train.clip_norm)
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate(train, step)
+                group["betas"] = (beta1(train, step), train.betas[1])
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.sums = sums
+            self.state.step += 1
+            self.state.train_seen += len(batch)
         self.session_steps += 1
         if self.session_steps == WARMUP_STEPS:
             self.untimed_seconds = self.clock.read()["train"]
         elif self.session_steps > WARMUP_STEPS:
             self.timed.steps += 1
-            self.timed.examples += size
-            self.timed.tokens += sum(piece.num_tokens for piece in pieces)
+            self.timed.examples += len(batch)
+            self.timed.tokens += int(data.lengths[batch].sum())
+
+    def _accumulated(self, step: int) -> Tensor:
+        """Adds up the gradients of a step's batch, in more pieces where memory runs out.
+
+        Of several processes, each does so for its share of the batch.
+
+        Returns:
+            The sums of losses and right answers, with those of the batch.
+        """
+        while True:
+            try:
+                return self._accumulate(step)
+            except Exception as error:
+                self.optimizer.zero_grad(set_to_none=True)
+                if not (measure.out_of_memory(error) and self._more_pieces()):
+                    raise
+            torch.cuda.empty_cache()  # not before the error and what it holds is gone
+
+    def _accumulate(self, step: int) -> Tensor:
+        """Adds up the gradients of a step's batch; nothing else is changed that is kept."""
+        seed = step_seed(self.config.seed, step)
+        torch.manual_seed(step_seed(self.config.seed, step, ranks.index()))
+        resample(self.model, torch.Generator().manual_seed(seed))
+        pieces = self.data["train"].training(
+            step, self.config.train.batch_size, self.pieces, self.config.seed
+        )
+        size = min(self.config.train.batch_size, len(self.data["train"]))
+        sums = self.sums.clone()
+        self.model.train()
+        for piece in pieces:
+            self._heed_signal()
+            with self.autocast:
+                logits = self.model(piece.tokens, piece.key_mask).float()
+            loss = F.cross_entropy(logits, piece.labels, reduction="sum")
+            (loss / size).backward()
+            correct = (logits.detach().argmax(-1) == piece.labels).sum()
+            sums += torch.stack([loss.detach().double(), correct.double()])
+        return sums
+
+    def _more_pieces(self) -> bool:
+        """Doubles the micro-batches of a batch, if they are not of one example already."""
+        batch = min(self.config.train.batch_size, len(self.data["train"]))
+        most = math.ceil(batch / ranks.count())
+        if self.pieces >= most:
+            return False
+        self.pieces = self.state.micro_batches = min(2 * self.pieces, most)
+        told = "Out of memory in step %d: it is taken again, in %d micro-batches, as are the others"
+        LOG.warning(told, self.state.step + 1, self.pieces)
+        return True
 
     def _look_up(self, phase: str) -> None:
         """Gives a sign of life where one is due, and stops the run where it is to be stopped."""
-        if self.clock.total() - self.told_at > PROGRESS_SECONDS:
+        due = self.clock.total() - self.told_at > PROGRESS_SECONDS
+        if due:
             self.clock.switch("other")
             seconds = self.clock.read()
             done = Progress(self.state.step, seconds["train"] + seconds["evaluate"])
-            save_progress(self.folder, done)
+            self._write(partial(save_progress, self.folder, done))
             self.told_at = self.clock.total()
             self.clock.switch(phase)
-        if self.stop.signal is not None:
-            raise Stopped("interrupted", f"{self.stop.signal} received")
+        # On a GPU a look waits for all that it was given, as the sign of life does anyway.
+        if phase == "train" and (due or self.device.type == "cpu"):
+            self._read_sums()
+            self._check_loss()
+        self._heed_signal()
         limit = self.config.time_limit_minutes
         if limit and self.clock.total() > 60 * limit:
             raise Stopped("timeout", f"time_limit_minutes={limit:g}")
+
+    def _heed_signal(self) -> None:
+        if self.stop.signal is not None:
+            raise Stopped("interrupted", f"{self.stop.signal} received")
+
+    def _check_loss(self) -> None:
+        """Stops the run if a training loss since the last evaluation is not finite."""
+        state = self.state
+        if not math.isfinite(state.train_loss):
+            raise self._diverged("training loss")
+        self.finite_step, self.finite_loss = state.step, state.train_loss / state.train_seen
+
+    def _diverged(self, what: str) -> Stopped:
+        """Leaves what is known in the folder; returns what to raise."""
+        last, kept = self.state.step, self.saved[0]
+        first = min(self.finite_step + 1, last)
+        rate = learning_rate(self.config.train, first - 1)
+        found = divergence.evidence(
+            self.model,
+            (first, last),
+            loss=what,
+            lr=rate,
+            train_loss_before=self.finite_loss,
+            checkpoint_of_step=kept or None,
+        )
+        self._write(partial(divergence.save, self.folder, found), leader=False)
+        when = f"at step {last:,}" if first == last else f"from one of steps {first:,} to {last:,}"
+        start = f"from the checkpoint of step {kept:,}" if kept else "from the beginning"
+        return Stopped(
+            "diverged",
+            f"the {what} is not finite {when} (learning rate {rate:.3g}); the same command takes "
+            f"the way again {start}",
+        )
 
     # --- evaluation -----------------------------------------------------------------------------
 
     def _validate(self, bar: tqdm) -> None:
         """Scores the validation set, logs, and keeps the weights if they are the best so far."""
-        self._read_sums()
+        self._gather()
+        self._check_loss()
         state = self.state
-        if not math.isfinite(state.train_loss):
-            raise Stopped("diverged", f"the training loss is not finite by step {state.step:,}")
         score, _ = self._evaluate(self.model, "val", state.step)
         if not math.isfinite(score.loss):
-            raise Stopped("diverged", f"the validation loss is not finite at step {state.step:,}")
+            raise self._diverged("validation loss")
         metrics = {
             "train_loss": state.train_loss / state.train_seen,
             "train_accuracy": state.train_correct / state.train_seen,
@@ -241,21 +344,27 @@ class Trainer:
             "val_accuracy": score.accuracy,
             "lr": learning_rate(self.config.train, state.step - 1),
         }
-        self.metrics.append({"step": state.step, "seconds": round(self.clock.total(), 3)} | metrics)
+        line = {"step": state.step, "seconds": round(self.clock.total(), 3)} | metrics
+        self._write(lambda: self.metrics.append(line))
         self.tracker.log(metrics, state.step)
         bar.set_postfix(loss=f"{metrics['train_loss']:.3f}", val=f"{score.accuracy:.1%}")
-        state.last = asdict(score)
         best = state.best["accuracy"] if state.best else -1.0
-        if state.step >= self.config.train.best_from and score.accuracy > best:
-            state.best = asdict(score)
-            state.best_model = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
-        state.evaluated, state.train_seen = state.step, 0
-        self.sums.zero_()
+        with self.changing:
+            state.last = asdict(score)
+            if state.step >= self.config.train.best_from and score.accuracy > best:
+                state.best = asdict(score)
+                weights = self.model.state_dict().items()
+                state.best_model = {k: v.detach().clone() for k, v in weights}
+            state.evaluated, state.train_seen = state.step, 0
+            self.sums.zero_()
 
     def _evaluate(self, model: Classifier, split: str, step: int) -> tuple[Score, np.ndarray]:
         self.clock.switch("evaluate")
         look_up = partial(self._look_up, "evaluate")
-        result = evaluate(model, self.data[split], self.autocast, step, look_up)
+        data = self.data[split]
+        data.evaluation_tokens = self.state.evaluation_tokens
+        result = evaluate(model, data, self.autocast, step, look_up)
+        self.state.evaluation_tokens = data.evaluation_tokens
         self.clock.switch("other")
         return result
 
@@ -274,25 +383,85 @@ class Trainer:
             model = copy.deepcopy(model)
             model.load_state_dict(weights)
         score, predictions = self._evaluate(model, "test", validation.step)
+        self._gather()
         self.record.test = score
-        save_predictions(self.folder, predictions, self.data["test"].labels.cpu().numpy())
+        if ranks.leads():
+            save_predictions(self.folder, predictions, self.data["test"].labels.cpu().numpy())
 
     # --- what is kept ---------------------------------------------------------------------------
 
-    def save(self) -> None:
-        """Writes a checkpoint of the last whole step, unless its loss is not finite."""
-        self.clock.switch("other")
-        self._read_sums()
-        if math.isfinite(self.state.train_loss):
-            self._read_measures()
-            checkpoint.save(self.folder, self.record.hash, self.state, self.model, self.optimizer)
+    def save(self) -> bool:
+        """Writes a checkpoint of the last whole step, if that is finite and there is space.
+
+        Returns:
+            Whether there is one of that step now.
+        """
+        with self.changing:
+            self.clock.switch("other")
+            self._gather()
+            finite = math.isfinite(self.state.train_loss) and divergence.is_finite(self.model)
+            # What is saved already is not to push out the one before it.
+            if finite and self.saved != self._mark():
+                self._read_measures()
+                # The lines first: those that a checkpoint counts as written must be there.
+                self._write(lambda: self.metrics.write()) and self._write(self._save_checkpoint)
+                if not ranks.leads():
+                    self.saved = self._mark()
             self.saved_at = self.clock.total()
+            return self.saved == self._mark()
+
+    def finish(self) -> None:
+        """Writes what a full disk has kept from being written so far.
+
+        Raises:
+            OSError: If it still does.
+        """
+        if ranks.leads():
+            self.metrics.write()
+            if self.config.keep_checkpoint and self.saved != self._mark():
+                self._save_checkpoint()
+
+    def _save_checkpoint(self) -> None:
+        checkpoint.save(self.folder, self.record.hash, self.state, self.model, self.optimizer)
+        self.saved = self._mark()
+
+    def _mark(self) -> tuple[int, ...]:
+        """Returns what tells one checkpoint of this run from another; its step is the first."""
+        state = self.state
+        shrunk = (state.micro_batches or 0, state.evaluation_tokens or 0)
+        return state.step, state.evaluated, *shrunk
+
+    def _write(self, write: Callable[[], None], leader: bool = True) -> bool:
+        """Writes, and returns whether there was space: a full disk ends no training.
+
+        Of several processes the first alone writes, unless ``leader`` is false.
+        """
+        if leader and not ranks.leads():
+            return True
+        try:
+            write()
+        except OSError as error:
+            if not disk_is_full(error):
+                raise
+            if not self.told_of_full_disk:
+                told = "The disk is full: %s. Training goes on; the checkpoint of step %d stays."
+                LOG.warning(told, error.filename, self.saved[0])
+            self.told_of_full_disk = True
+            return False
+        return True
 
     def complete_record(self) -> None:
         """Writes what was measured into the record."""
         self._read_measures()
         record, state = self.record, self.state
         record.steps = state.step
+        record.micro_batches = self.pieces
+        shrunk = {}
+        if self.pieces > self.pieces_asked:
+            shrunk["micro_batches"] = [self.pieces_asked, self.pieces]
+        if state.evaluation_tokens:
+            shrunk["evaluation_tokens"] = [evaluation_tokens(self.device), state.evaluation_tokens]
+        record.shrunk = shrunk or None
         record.train_seconds = state.seconds["train"]
         record.evaluation_seconds = state.seconds["evaluate"]
         record.other_seconds = state.seconds["other"]
@@ -313,7 +482,16 @@ class Trainer:
         self.tracker.close(summary, failed=self.record.status != "ok")
 
     def _read_sums(self) -> None:
-        self.state.train_loss, self.state.train_correct = self.sums.tolist()
+        """Reads loss and right answers, of several processes as if all had those of this one."""
+        self.state.train_loss, self.state.train_correct = (ranks.count() * self.sums).tolist()
+
+    def _gather(self) -> None:
+        """Adds up loss and right answers, and takes the largest peak, of all processes."""
+        state = self.state
+        with ranks.together() as meeting:
+            meeting.vote = self.memory.read() or 0
+        state.peak_memory = max(state.peak_memory, meeting.vote)
+        state.train_loss, state.train_correct = ranks.sum_(self.sums.clone()).tolist()
 
     def _read_measures(self) -> None:
         state, timed = self.state, self.timed
@@ -330,7 +508,6 @@ class Trainer:
         )
 
 
-@torch.no_grad()
 def evaluate(
     model: Classifier,
     data: Batches,
@@ -338,11 +515,13 @@ def evaluate(
     step: int,
     check: Callable[[], None] = lambda: None,
 ) -> tuple[Score, np.ndarray]:
-    """Scores every example of a split.
+    """Scores every example of a split, in smaller batches where memory runs out.
+
+    Of several processes, each scores its share.
 
     Args:
         model: The model, with the weights of ``step``.
-        data: The split.
+        data: The split; it keeps the size of batch that fits.
         precision: The context to compute in.
         step: The optimiser step to write into the score.
         check: Called before every batch; may raise to stop.
@@ -350,9 +529,38 @@ def evaluate(
     Returns:
         The score, and the predicted classes in the split's order.
     """
+    with ranks.together():
+        predictions, loss = _predicted(model, data, precision, check)
+    # Each example is scored by one process; in the others its prediction is 0.
+    ranks.sum_(predictions)
+    ranks.sum_(loss)
+    correct = int((predictions == data.labels).sum())
+    score = Score.of(correct, len(data), float(loss) / len(data), step)
+    return score, predictions.cpu().numpy()
+
+
+def _predicted(
+    model: Classifier, data: Batches, precision: torch.autocast, check: Callable[[], None]
+) -> tuple[Tensor, Tensor]:
+    """Returns predicted classes and the summed loss, whatever size of batch that takes."""
+    while True:
+        try:
+            return _predict(model, data, precision, check)
+        except Exception as error:
+            if not (measure.out_of_memory(error) and data.shrink()):
+                raise
+        torch.cuda.empty_cache()  # not before the error and what it holds is gone
+        told = "Out of memory: it is evaluated again, in batches of %d tokens, as are the others"
+        LOG.warning(told, data.evaluation_tokens)
+
+
+@torch.no_grad()
+def _predict(
+    model: Classifier, data: Batches, precision: torch.autocast, check: Callable[[], None]
+) -> tuple[Tensor, Tensor]:
     model.eval()
     device = data.labels.device
-    predictions = torch.empty(len(data), dtype=torch.long, device=device)
+    predictions = torch.zeros(len(data), dtype=torch.long, device=device)
     loss = torch.zeros((), dtype=torch.float64, device=device)
     for batch in data.evaluation():
         check()
@@ -360,9 +568,7 @@ def evaluate(
             logits = model(batch.tokens, batch.key_mask).float()
         predictions[batch.indices] = logits.argmax(-1)
         loss += F.cross_entropy(logits, batch.labels, reduction="sum")
-    correct = int((predictions == data.labels).sum())
-    score = Score.of(correct, len(data), float(loss) / len(data), step)
-    return score, predictions.cpu().numpy()
+    return predictions, loss
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -439,9 +645,13 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def step_seed(seed: int, step: int) -> int:
-    """Returns the seed of dropout and random features in one step of a run."""
-    return int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0] >> 1)
+def step_seed(seed: int, step: int, process: int = 0) -> int:
+    """Returns the seed of random features and dropout in one step of a run.
+
+    Random features are those of process 0 in all processes; dropout has a seed in each.
+    """
+    entropy = (seed, step, process) if process else (seed, step)
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
 
 
 def tested(train: TrainConfig, state: State) -> tuple[Score, dict[str, Tensor] | None]:

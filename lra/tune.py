@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lra import record
+from lra import ranks, record
 from lra.config import RunConfig
 from lra.files import Busy
 from lra.record import Record
@@ -29,9 +29,9 @@ def train(config: RunConfig) -> Record:
     Raises:
         ValueError: As `lra.run.run` does, for the run or one of its trials.
     """
-    if config.tune == "none" or is_finished(config):
+    if config.tune == "none" or ranks.first(lambda: is_finished(config)):
         return run(config)
-    tuning = earlier_choice(config)
+    tuning = ranks.first(lambda: earlier_choice(config))
     if tuning is None:
         tuning = _tuned(config)
     return run(config, tuning)

@@ -330,5 +330,6 @@ def _conditions(r: Record) -> str:
     told = f"{r.device['name']}, {r.device['threads']} threads, {r.precision['name']}"
     told += ", compiled" if r.device.get("compiled") else ""
     told += ", activation checkpointing" if r.device.get("activation_checkpointing") else ""
-    shared = r.device.get("runs_at_once", 1)
+    shared, processes = (r.device.get(key, 1) for key in ("runs_at_once", "processes"))
+    told += f", {processes} processes" if processes > 1 else ""
     return told + (f", {shared} runs at once" if shared > 1 else "")
