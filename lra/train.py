@@ -95,7 +95,8 @@ class Trainer:
     ) -> None:
         self.config, self.record, self.folder = config, record, folder
         self.device, self.stop = device, stop
-        if device.index is not None:  # of several GPUs; some kernels ask for the current one
+        # Of several GPUs: some kernels ask for the current one.
+        if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)
         self.autocast = autocast(device, record.precision["name"])
         self.clock = clock

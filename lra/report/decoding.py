@@ -46,8 +46,8 @@ def _table(panel: Panel, length: int) -> Table:
         columns,
         rows,
         [
-            "Medians of steps to each position, taken in turn, all sequences at once; softmax has a "
-            "cache made for the whole length. Variation: the slowest position over the fastest; "
+            "Medians of steps to each position, taken in turn, all sequences at once; softmax has "
+            "a cache made for the whole length. Variation: the slowest position over the fastest; "
             f"flat up to {FLAT:.0%}. Tokens/s: of all sequences, over the whole generation."
         ],
     )
