@@ -89,14 +89,15 @@ def alone(smoke, tmp_path):
 def test_two_processes_take_the_steps_of_one_and_leave_one_record(
     smoke, tmp_path, environment, alone
 ):
+    whole = alone()
     codes, outputs = ended(start(2, smoke(*DRY), environment, tmp_path))
     assert codes == [0, 0], outputs
     assert "step/s" in outputs[0]
     assert outputs[1] == ""
     [folder] = [path.parent for path in (tmp_path / "runs").rglob("record.json")]
     assert folder == folder_of(smoke(*DRY))
-    assert_nearly_same_end(folder, alone())
-    done, one = record.load(folder), record.load(alone())
+    assert_nearly_same_end(folder, whole)
+    done, one = record.load(folder), record.load(whole)
     assert (done.hash, done.steps, done.sessions) == (one.hash, one.steps, 1)
     assert (done.device["processes"], one.device["processes"]) == (2, 1)
     of_both = [r.throughput.tokens_per_second / r.throughput.steps_per_second for r in (done, one)]
