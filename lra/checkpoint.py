@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lra.files import write_atomically, write_text
+from lra.files import parsed, write_atomically, write_text
 
 FILE = "checkpoint.pt"
 
@@ -112,7 +112,11 @@ class Metrics:
     def __init__(self, path: Path, last_step: int) -> None:
         self._path = path
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= last_step]
+            kept = [
+                line
+                for line in path.read_text(errors="replace").splitlines()
+                if _step_of(line) <= last_step
+            ]
             write_text(path, "".join(line + "\n" for line in kept))
 
     def append(self, metrics: dict[str, float]) -> None:
@@ -122,8 +126,9 @@ class Metrics:
 
 
 def _step_of(line: str) -> float:
-    """Returns the step of a metrics line, or infinity for a line that was cut."""
+    """Returns the step of a metrics line, or infinity for a line that was cut or damaged."""
     try:
-        return json.loads(line)["step"]
+        step = parsed(line)["step"]
     except (ValueError, KeyError, TypeError):
         return math.inf
+    return step if isinstance(step, int) else math.inf

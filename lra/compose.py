@@ -6,6 +6,7 @@ Names, keys, types and values of all runs of a call are checked before anything 
 import copy
 import itertools
 import logging
+import math
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,9 @@ from lra.typed import from_mapping, unknown
 from models.attention import ATTENTIONS, build_attention, capabilities
 
 LOG = logging.getLogger("lra")
+
+MOST_RUNS = 10_000
+"""Of one call: more are a slip, and would take hours to compose."""
 
 GROUPS = ("task", "attention", "protocol", "launch")
 PROTOCOL_SECTIONS = ("task", "model", "train")
@@ -140,8 +144,7 @@ def load_section(config: str, groups: Sequence[str], overrides: Iterable[str]) -
         for override in composer.parse(overrides):
             text = override.input_line
             if override.is_sweep_override():
-                values = ",".join(override.sweep_string_iterator())
-                text = f"{override.get_key_element()}=[{values}]"
+                text = f"{override.get_key_element()}=[{','.join(_values(override))}]"
             listed.append(text)
         sound, problems = composer.sound(composer.parse(listed))
         if problems:
@@ -167,11 +170,9 @@ class _Composer:
         self._composed: dict[tuple[str, ...], dict[str, Any]] = {}
 
     def parse(self, overrides: Iterable[str]) -> list[Any]:
-        from hydra.errors import HydraException
-
         try:
             return self.parser.parse_overrides(list(overrides))
-        except HydraException as error:
+        except Exception as error:  # Hydra's, and those of what it calls in a value
             given = getattr(error, "override", " ".join(overrides))
             raise ValueError(
                 f"Cannot read '{given}': write key=value, and quote lists and spaces for the "
@@ -185,22 +186,17 @@ class _Composer:
 
     def _product(self, overrides: list[str]) -> list[list[str]]:
         """Returns every combination of the values given."""
-        from hydra.errors import HydraException
-
         # Of a key given twice, the last counts, as in Hydra.
         last = {override.get_key_element(): override for override in self.parse(overrides)}
         choices = []
         for key, override in last.items():
             if override.is_sweep_override():
-                try:
-                    values = list(override.sweep_string_iterator())
-                except HydraException as error:
-                    raise ValueError(f"'{override.input_line}': {error}") from None
-                if not values:
-                    raise ValueError(f"'{override.input_line}' matches nothing.")
-                choices.append([f"{key}={value}" for value in values])
+                choices.append([f"{key}={value}" for value in _values(override)])
             else:
                 choices.append([override.input_line])
+        count = math.prod(map(len, choices))
+        if count > MOST_RUNS:
+            raise ValueError(f"These overrides make {count:,} runs; at most {MOST_RUNS:,} may be.")
         return [list(job) for job in itertools.product(*choices)]
 
     def config(self, overrides: list[str]) -> RunConfig:
@@ -274,9 +270,8 @@ class _Composer:
 
     def _compose(self, overrides: list[str]) -> dict[str, Any]:
         from hydra import compose
-        from hydra.errors import HydraException, MissingConfigException
+        from hydra.errors import MissingConfigException
         from omegaconf import OmegaConf
-        from omegaconf.errors import OmegaConfBaseException
 
         try:
             config = compose(self.config_name, overrides=overrides)
@@ -294,8 +289,34 @@ class _Composer:
             raise ValueError(
                 f"{folder} does not say how task '{task}' is run. It has: {known}."
             ) from None
-        except (HydraException, OmegaConfBaseException) as error:
-            raise ValueError(str(error).strip()) from None
+        except RecursionError:
+            raise ValueError("These values stand for one another without end.") from None
+        except Exception as error:  # of Hydra and of what it uses: no code of ours is run
+            raise ValueError(str(error).strip() or type(error).__name__) from None
+
+
+def _values(override: Any) -> list[str]:
+    """Returns the values of an override that has several.
+
+    Raises:
+        ValueError: If there are none, or more than a sweep may have.
+    """
+    from hydra.core.override_parser.types import RangeSweep
+
+    swept, given = override.value(), override.input_line
+    try:
+        if isinstance(swept, RangeSweep) and _more_than(MOST_RUNS, swept.range()):
+            raise ValueError(f"it has more than {MOST_RUNS:,} values")
+        values = list(override.sweep_string_iterator())
+    except Exception as error:  # of a range that Hydra cannot count out, too
+        raise ValueError(f"'{given}': {str(error) or type(error).__name__}") from None
+    if not values:
+        raise ValueError(f"'{given}' matches nothing.")
+    return values
+
+
+def _more_than(most: int, values: Iterable[Any]) -> bool:
+    return next(itertools.islice(values, most, None), None) is not None
 
 
 def _lines(overrides: list[str]) -> list[list[str]]:

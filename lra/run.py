@@ -142,7 +142,7 @@ def _run_recorded(config: RunConfig, current: Record, folder: Path, data_hash: s
     clock = measure.Clock(device)
     with _StopSignals() as stop:
         try:
-            prepared = config.build_task().prepare()
+            prepared = config.build_task().prepare(hashes="splits")
             _check_data(prepared.manifest, folder, data_hash)
             current.task |= {
                 "data_hash": prepared.manifest["hash"],
@@ -233,6 +233,7 @@ def evaluate_again(folder: Path) -> tuple[Record, Score]:
         raise ValueError(f"{folder} has no record.json: give the folder of a run.")
     if finished.trial_of is not None:
         raise ValueError(f"{folder} is a trial of a tuning, and trials are never tested.")
+    finished.check_identity(folder / "record.json")
     saved = checkpoint.load(folder, finished.hash)
     if saved is None and finished.status == "ok":
         raise ValueError(
@@ -245,10 +246,12 @@ def evaluate_again(folder: Path) -> tuple[Record, Score]:
     import_plugins(config.plugins)
     device = measure.resolve_device(config.device)
     task = config.build_task()
+    if task.fingerprint != finished.task["fingerprint"]:
+        raise ValueError(f"{folder}/record.json has settings of another task: was it edited?")
     validation, weights = tested(config.train, saved["state"])
     model = build_model(config, task)
     model.load_state_dict(saved["model"] if weights is None else weights)
-    prepared = task.prepare()
+    prepared = task.prepare(hashes="splits")
     _check_data(prepared.manifest, folder, finished.task.get("data_hash"))
     finished.steps = saved["state"].step
     data = Batches(prepared.splits["test"], device)
