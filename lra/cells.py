@@ -288,7 +288,7 @@ def load(path: Path) -> Store:
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     for number, line in enumerate(lines, 1):
         try:
-            values = parsed(line.decode())
+            values = parsed(line)
             if not isinstance(values, dict):
                 raise ValueError("it is no JSON object")
             if "cell" in values:

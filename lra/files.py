@@ -79,14 +79,16 @@ def is_locked(path: Path) -> bool:
     return False
 
 
-def parsed(text: str) -> Any:
+def parsed(text: str | bytes) -> Any:
     """Returns what JSON of a damaged or foreign file says.
 
     Raises:
         ValueError: If it is no JSON, or nested more deeply than anything written here.
     """
     try:
-        value = json.loads(text)
+        value = json.loads(text if isinstance(text, str) else text.decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"its byte {error.start} is not UTF-8") from None
     except RecursionError:
         raise ValueError(f"it is nested more than {DEEPEST} levels deep") from None
     level = [value]

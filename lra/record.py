@@ -192,7 +192,7 @@ def load(folder: Path) -> Record | None:
     if not path.is_file():
         return None
     try:
-        values = parsed(path.read_text())
+        values = parsed(path.read_bytes())
         if not isinstance(values, dict):
             raise ValueError("it is no JSON object")
         if values.get("schema", 0) > SCHEMA:
@@ -231,7 +231,7 @@ def save_progress(folder: Path, progress: Progress) -> None:
 def load_progress(folder: Path) -> Progress | None:
     """Reads a folder's ``progress.json``; None if there is none, or it cannot be read."""
     try:
-        return from_mapping(Progress, parsed((folder / PROGRESS).read_text()), "")
+        return from_mapping(Progress, parsed((folder / PROGRESS).read_bytes()), "")
     except (ValueError, OSError, TypeError):
         return None
 

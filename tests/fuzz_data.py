@@ -142,7 +142,7 @@ class Papers(DataFiles):
         random = randomness.Random(0)
         ids = [f"P{i}" for i in range(60)]
         links = sorted({tuple(random.sample(ids, 2)) for _ in range(400)})
-        table = pa.table({"id": ids, "text": [f"text {i} é" * (i % 9 + 1) for i in ids]})
+        table = pa.table({"id": ids, "text": [f"text {i} é" * (i % 9 + 1) for i in range(60)]})
         pq.write_table(table, data / "aan" / "papers.parquet", row_group_size=25)
         rows = ["citing\tcited", *map("\t".join, links), ""]
         (data / "aan" / "citations.tsv").write_text("\n".join(rows))

@@ -425,3 +425,6 @@ class PartFiles:
         if Parts(self.folder, "tiny").has(range(6)):
             raise Failure("a damaged part is taken for whole")
         return "refused"
+
+
+TARGETS = [CommandLines, Records, Checkpoints, Cells, Cache, PartFiles]

@@ -366,7 +366,7 @@ def put(change):
     ("line", "told"),
     [
         (b"[]", "no JSON object"),
-        (b"\xff{}", "utf-8"),
+        (b"\xff{}", "its byte 0 is not UTF-8"),
         (b"[" * 100_000, "nested more than"),
         (put(lambda v: v["figures"]["step"].update(median=0.0)), "figures.step: times must be"),
         (put(lambda v: v["figures"]["step"].update(low=math.nan)), "figures.step: times must be"),

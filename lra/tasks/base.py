@@ -217,7 +217,7 @@ class Task(abc.ABC):
             ValueError: If it is damaged.
             OSError: If it cannot be read.
         """
-        manifest = parsed((self.folder / "manifest.json").read_text())
+        manifest = parsed((self.folder / "manifest.json").read_bytes())
         if not isinstance(manifest, dict):
             raise ValueError("it is no JSON object")
         check_known(_Manifest, manifest, "")
