@@ -52,7 +52,13 @@ class Batches:
     Args:
         split: The examples.
         device: Where they go, once.
+
+    Attributes:
+        evaluation_tokens: Padded tokens of an evaluation batch; None for as many as the device is
+            given unless its memory runs out.
     """
+
+    evaluation_tokens: int | None = None
 
     def __init__(self, split: Split, device: torch.device) -> None:
         self.lengths = split.lengths
@@ -104,12 +110,25 @@ class Batches:
 
     def evaluation(self) -> Iterator[MicroBatch]:
         """Yields every example once, in batches of similar length and similar cost."""
-        budget = CPU_TOKENS if self._device.type == "cpu" else GPU_EVALUATION_TOKENS
+        budget = self.evaluation_tokens or evaluation_tokens(self._device)
         order = np.argsort(-self.widths, kind="stable")
         while len(order):
             count = max(1, budget // max(1, int(self.widths[order[0]])))
             yield self.gather(order[:count])
             order = order[count:]
+
+    def shrink(self) -> bool:
+        """Halves the tokens of an evaluation batch; returns False if the largest is one example."""
+        budget = self.evaluation_tokens or evaluation_tokens(self._device)
+        if budget <= int(self.widths.max(initial=1)):
+            return False
+        self.evaluation_tokens = budget // 2
+        return True
+
+
+def evaluation_tokens(device: torch.device) -> int:
+    """Returns the padded tokens of an evaluation batch on ``device``, at most."""
+    return CPU_TOKENS if device.type == "cpu" else GPU_EVALUATION_TOKENS
 
 
 def resolve_micro_batches(

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from lra.files import disk_is_full, full_disk
+
 LOG = logging.getLogger("lra")
 
 EPILOG = """\
@@ -96,6 +98,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = 0
     except OSError as error:
         told = f"{error.strerror}: {error.filename}" if error.filename else str(error)
+        if disk_is_full(error):
+            told = full_disk(error)
         print(f"lra: {told or type(error).__name__}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:

@@ -19,8 +19,15 @@ class Busy(ValueError):
     """Another process holds the lock."""
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+def write_atomically(
+    path: Path, write: Callable[[BinaryIO], object], previous: Path | None = None
+) -> None:
     """Writes ``path`` so that it is the old file or the new one, whenever the process dies.
+
+    Args:
+        path: The file.
+        write: Called with the open file.
+        previous: Where the old file goes; a process that dies in between leaves it there alone.
 
     Raises:
         OSError: If the disk is full or the folder is not writable; ``path`` is as it was.
@@ -32,10 +39,31 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            path.replace(previous)
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if disk_is_full(error):  # told by the system without a name, or by torch in its own words
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         raise
+
+
+def disk_is_full(error: BaseException | None) -> bool:
+    """Tells whether a full disk, or a quota that is used up, is behind an error."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def full_disk(error: OSError) -> str:
+    """Returns what to say of a full disk."""
+    return (
+        f"the disk is full: {error.filename or error}. Nothing that was written is lost: make "
+        f"space and give the same command again."
+    )
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,6 +1,5 @@
 """What a run measures: clocks, peak memory, and the facts of its machine and code."""
 
-import errno
 import os
 import platform
 import subprocess
@@ -14,6 +13,8 @@ from typing import Any, Literal
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from lra.files import disk_is_full, full_disk
 
 PHASES = ("train", "evaluate", "other")
 
@@ -171,13 +172,22 @@ def resolve_precision(setting: str, device: torch.device) -> tuple[str, str]:
 def failure(error: Exception) -> tuple[Literal["oom", "failed"], str]:
     """Returns the status and the reason for an error that ended a run."""
     message = str(error).strip() or type(error).__name__
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate" in message:
+    if out_of_memory(error):
         return "oom", message.splitlines()[0]
     if isinstance(error, ValueError):
         return "failed", message
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return "failed", f"the disk is full: {error.filename or message}"
+    if isinstance(error, OSError) and disk_is_full(error):
+        return "failed", full_disk(error)
     return "failed", f"{type(error).__name__}: {message.splitlines()[0]}"
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Tells whether an error says that memory has run out, of the device or of the machine."""
+    told = ("can't allocate", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    message = str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        words in message for words in told
+    )
 
 
 def device_facts(device: torch.device) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from lra.config import identity
 from lra.files import parsed, short_hash, write_atomically, write_text
 from lra.typed import check_known, from_mapping
 
-SCHEMA = 2
-"""2 adds tuning and trial_of to 1."""
+SCHEMA = 3
+"""2 adds tuning and trial_of to 1; 3 adds shrunk."""
 
 PROGRESS = "progress.json"
 """Written by a run every few seconds while it trains, and removed at its end."""
@@ -96,7 +96,11 @@ class Record:
         throughput: Speed of training steps.
         peak_memory_bytes: Peak memory above what was held before the model was built.
         memory_kind: What the peak counts, or why there is none.
-        micro_batches: Pieces a batch was run in.
+        micro_batches: Pieces a batch was run in, in the end; the batch is that of the
+            configuration whatever their number.
+        shrunk: What was made smaller where memory ran out, with its numbers at first and at last:
+            ``micro_batches``, which become more, and ``evaluation_tokens``, padded tokens of an
+            evaluation batch. None if memory sufficed.
         precision: ``fp32`` or ``bf16``, with the reason for it.
         device: Kind (cpu, cuda), name, threads, and how many runs shared it.
         versions: Python and package versions.
@@ -137,6 +141,7 @@ class Record:
     peak_memory_bytes: int | None = None
     memory_kind: str = ""
     micro_batches: int | None = None
+    shrunk: dict[str, Any] | None = None
     tuning: dict[str, Any] | None = None
     trial_of: str | None = None
     schema: int = field(default=SCHEMA)

@@ -3,10 +3,11 @@
 import contextlib
 import json
 import logging
+import os
 import shlex
 import shutil
-import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
@@ -14,12 +15,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from lra import checkpoint, measure, record
+from lra import checkpoint, divergence, measure, record
 from lra.batches import Batches
 from lra.config import RunConfig
 from lra.files import Busy, canonical_json, locked, short_hash
 from lra.plugins import import_plugins
 from lra.record import Record, Score
+from lra.signals import StopSignals
 from lra.text import shareable
 from lra.train import Stopped, Trainer, autocast, build_model, evaluate, tested
 from lra.typed import from_mapping
@@ -137,10 +139,29 @@ def _run_owned(config: RunConfig, tuning: dict[str, Any] | None, folder: Path) -
 def _run_recorded(config: RunConfig, current: Record, folder: Path, data_hash: str | None) -> None:
     """Runs, and turns whatever ends the run into the status and reason of its record."""
     current.save(folder)
+    (folder / divergence.FILE).unlink(missing_ok=True)
     trainer = None
     device = measure.resolve_device(config.device)
     clock = measure.Clock(device)
-    with _StopSignals() as stop:
+    ending = threading.Lock()  # held by the thread that writes how the run ended
+
+    def give_up(name: str) -> None:
+        """Ends the process in the midst of what it is at; the last whole step is saved."""
+        with ending:
+            try:
+                if current.status == "running":
+                    current.status, current.reason = "interrupted", f"{name} received"
+                    if trainer is not None:
+                        current.reason += ", in a step or batch that is taken again"
+                        trainer.save()
+                    _write_end(current, trainer, folder)
+                    LOG.info("%s", describe(current))
+                    sys.stdout.flush()
+            finally:
+                os._exit(130)
+
+    with StopSignals(give_up) as stop:
+        status: record.Status
         try:
             prepared = config.build_task().prepare(hashes="splits")
             _check_data(prepared.manifest, folder, data_hash)
@@ -152,27 +173,35 @@ def _run_recorded(config: RunConfig, current: Record, folder: Path, data_hash: s
             }
             trainer = Trainer(config, current, prepared, folder, device, stop, clock)
             stop.deferred = True
-            _train(trainer)
-            current.status = "ok"
-        except Stopped as stopped:
-            current.status, current.reason = stopped.status, str(stopped)
+            status, reason = _train(trainer)
         except KeyboardInterrupt:
-            current.status, current.reason = "interrupted", "stopped at once, without a checkpoint"
+            status, reason = "interrupted", "stopped at once, without a checkpoint"
         except Exception as error:
-            current.status, current.reason = measure.failure(error)
+            status, reason = measure.failure(error)
             LOG.debug("%s", traceback.format_exc())
-        current.reason = shareable(current.reason)
-        if trainer is not None:
-            try:
-                trainer.complete_record()
-            except Exception as error:  # the device may be what failed
-                LOG.warning("The last measures of this run are missing: %s", error)
-        current.save(folder)
-        (folder / record.PROGRESS).unlink(missing_ok=True)
-        if current.status == "ok" and not config.keep_checkpoint:
-            (folder / checkpoint.FILE).unlink(missing_ok=True)
+        with ending:
+            current.status, current.reason = status, reason
+            _write_end(current, trainer, folder)
+            if current.status == "ok" and not config.keep_checkpoint:
+                checkpoint.remove(folder)
         if trainer is not None:
             trainer.close()
+
+
+def _write_end(current: Record, trainer: Trainer | None, folder: Path) -> None:
+    """Writes the record of a run that has ended; that it cannot be written is a failure too."""
+    current.reason = shareable(current.reason)
+    if trainer is not None:
+        try:
+            trainer.complete_record()
+        except Exception as error:  # the device may be what failed
+            LOG.warning("The last measures of this run are missing: %s", error)
+    try:
+        current.save(folder)
+    except OSError as error:
+        current.status, reason = measure.failure(error)
+        current.reason = shareable(reason)
+    (folder / record.PROGRESS).unlink(missing_ok=True)
 
 
 def check_finished(config: RunConfig, folder: Path, finished: Record) -> None:
@@ -198,15 +227,24 @@ def _check_data(manifest: Mapping[str, Any], folder: Path, data_hash: str | None
         )
 
 
-def _train(trainer: Trainer) -> None:
-    """Trains and tests; of a run that is stopped, keeps the last whole step."""
+def _train(trainer: Trainer) -> tuple[record.Status, str]:
+    """Trains and tests, and saves the last whole step of a run that is stopped.
+
+    A run that has diverged keeps the checkpoint from before: the same command ends as it did.
+
+    Returns:
+        How it ended, and why.
+    """
     try:
         trainer.fit()
         trainer.test()
+        trainer.finish()
     except Stopped as stopped:
-        if stopped.status != "diverged":
-            trainer.save()
-        raise
+        told = ""
+        if stopped.status != "diverged" and not trainer.save():
+            told = f"; it goes on from step {trainer.saved[0]}, as no later one could be saved"
+        return stopped.status, f"{stopped}{told}"
+    return "ok", ""
 
 
 def _unchosen(trials: list[dict[str, Any]]) -> tuple[record.Status, str]:
@@ -234,7 +272,14 @@ def evaluate_again(folder: Path) -> tuple[Record, Score]:
     if finished.trial_of is not None:
         raise ValueError(f"{folder} is a trial of a tuning, and trials are never tested.")
     finished.check_identity(folder / "record.json")
-    saved = checkpoint.load(folder, finished.hash)
+    config = from_mapping(RunConfig, finished.config, "")
+    import_plugins(config.plugins)
+    device = measure.resolve_device(config.device)
+    task = config.build_task()
+    if task.fingerprint != finished.task["fingerprint"]:
+        raise ValueError(f"{folder}/record.json has settings of another task: was it edited?")
+    model = build_model(config, task)
+    saved = checkpoint.load(folder, finished.hash, model)
     if saved is None and finished.status == "ok":
         raise ValueError(
             f"{folder} has no checkpoint: that of a finished run is removed, unless it is to be "
@@ -242,19 +287,13 @@ def evaluate_again(folder: Path) -> tuple[Record, Score]:
         )
     if saved is None or saved["state"].best is None:
         raise ValueError(f"{folder} has no checkpoint with an evaluation: {finished.status}.")
-    config = from_mapping(RunConfig, finished.config, "")
-    import_plugins(config.plugins)
-    device = measure.resolve_device(config.device)
-    task = config.build_task()
-    if task.fingerprint != finished.task["fingerprint"]:
-        raise ValueError(f"{folder}/record.json has settings of another task: was it edited?")
     validation, weights = tested(config.train, saved["state"])
-    model = build_model(config, task)
     model.load_state_dict(saved["model"] if weights is None else weights)
     prepared = task.prepare(hashes="splits")
     _check_data(prepared.manifest, folder, finished.task.get("data_hash"))
     finished.steps = saved["state"].step
     data = Batches(prepared.splits["test"], device)
+    data.evaluation_tokens = saved["state"].evaluation_tokens
     precision = autocast(device, finished.precision["name"])
     score, _ = evaluate(model.to(device), data, precision, validation.step)
     return finished, score
@@ -275,34 +314,22 @@ def describe(finished: Record) -> str:
     )
 
 
-class _StopSignals:
-    """Notes SIGINT, SIGTERM and SIGHUP; acts at once until ``deferred``, and on a second one."""
+class _LogFile(logging.FileHandler):
+    """A file of messages that a full disk ends, but nothing else: the console has them too."""
 
-    def __init__(self) -> None:
-        self.signal: str | None = None
-        self.deferred = False
-        self._previous: dict[int, Any] = {}
+    def handleError(self, _: logging.LogRecord) -> None:
+        """Says nothing."""
 
-    def __enter__(self) -> "_StopSignals":
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            self._previous[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _frame: object) -> None:
-        again = self.signal is not None
-        self.signal = signal.Signals(number).name
-        if again or not self.deferred:
-            raise KeyboardInterrupt
+    def close(self) -> None:
+        """Closes the file, whatever could not be written."""
+        with contextlib.suppress(OSError):
+            super().close()
 
 
 @contextlib.contextmanager
 def _log_file(folder: Path) -> Iterator[None]:
     """Writes the run's messages and tracebacks to ``log.txt`` too."""
-    handler = logging.FileHandler(folder / "log.txt")
+    handler = _LogFile(folder / "log.txt")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     handler.setLevel(logging.DEBUG)
     LOG.addHandler(handler)

@@ -17,15 +17,13 @@ from hydra.core.hydra_config import HydraConfig
 
 from lra import record
 from lra.compose import conf_dir, load, store_groups
+from lra.signals import ENDS
 from lra.text import aligned
 
 if TYPE_CHECKING:
     from lra.plan import Planned
 
 LOG = logging.getLogger("lra")
-
-ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""The first of them asks all runs to save and end, the second kills them."""
 
 LOOK_SECONDS = 0.2
 """Between two looks whether a run has ended, or is to be stopped."""
@@ -132,7 +130,10 @@ def _run(_: Any, signals: Path, starter: int) -> None:
 
 @contextlib.contextmanager
 def _noting_signals(folder: Path) -> Iterator[None]:
-    """Notes signals as files in ``folder``, where the processes of all launchers see them."""
+    """Notes signals as files in ``folder``, where the processes of all launchers see them.
+
+    The first of them asks all runs to save and end, the second kills them.
+    """
 
     def note(*_: object) -> None:
         (folder / str(_stops(folder))).touch()

@@ -8,6 +8,7 @@ import copy
 import logging
 import math
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -20,10 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lra import checkpoint, measure
-from lra.batches import Batches, resolve_micro_batches
+from lra import checkpoint, divergence, measure
+from lra.batches import Batches, MicroBatch, evaluation_tokens, resolve_micro_batches
 from lra.checkpoint import Metrics, State, Timed
 from lra.config import ModelConfig, RunConfig, TrainConfig
+from lra.files import disk_is_full
 from lra.record import (
     Progress,
     Record,
@@ -72,7 +74,7 @@ class Trainer:
         prepared: The task's data.
         folder: The run's folder; a checkpoint in it is gone on from.
         device: Where to compute.
-        stop: Looked at after every step and evaluation batch.
+        stop: Looked at before every micro-batch and evaluation batch.
         clock: The session's clocks, running since its start.
     """
 
@@ -89,19 +91,12 @@ class Trainer:
         self.config, self.record, self.folder = config, record, folder
         self.device, self.stop = device, stop
         self.autocast = autocast(device, record.precision["name"])
-        saved = checkpoint.load(folder, record.hash)
-        self.state = saved["state"] if saved else State()
         self.clock = clock
-        self.clock.carry(self.state.seconds)
         self.data = {
             name: Batches(split, device)
             for name, split in prepared.splits.items()
             if name != "test" or config.trial_of is None
         }
-        self.pieces = resolve_micro_batches(
-            config.micro_batches, config.train.batch_size, self.data["train"].widths, device
-        )
-
         self.tracker = Tracker(config.wandb if config.tracker == "wandb" else None, record, folder)
         # After the data and the tracker, whose memory is not the model's.
         self.memory = measure.PeakMemory(device)
@@ -116,12 +111,19 @@ class Trainer:
             weight_decay=config.train.weight_decay,
             fused=True,
         )
+        saved = checkpoint.load(folder, record.hash, self.model)
+        self.state = saved["state"] if saved else State()
+        self.clock.carry(self.state.seconds)
         if saved:
             self.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
+            checkpoint.settle(folder, saved["name"])
             LOG.info("%s: goes on from step %d", folder, self.state.step)
+        self.pieces_asked = resolve_micro_batches(
+            config.micro_batches, config.train.batch_size, self.data["train"].widths, device
+        )
+        self.pieces = max(self.pieces_asked, self.state.micro_batches or 0)
 
-        record.micro_batches = self.pieces
         record.parameters = count_parameters(self.model)
         with torch.device("meta"):
             record.parameters_of_softmax = count_parameters(build_model(config, task, "softmax"))
@@ -130,12 +132,17 @@ class Trainer:
         self.sums = torch.tensor(
             [self.state.train_loss, self.state.train_correct], dtype=torch.float64, device=device
         )
+        # Held by whoever changes or saves what a checkpoint holds: at the worst, a thread saves.
+        self.changing = threading.RLock()
         self.session_steps = 0
         self.timed_before = self.state.timed
         self.timed = Timed()
         self.untimed_seconds = 0.0
         self.saved_at = self.clock.total()
         self.told_at = -math.inf
+        self.saved = self._mark()
+        self.told_of_full_disk = False
+        self.finite_step, self.finite_loss = self.state.step, None
 
     # --- loop -----------------------------------------------------------------------------------
 
@@ -169,33 +176,31 @@ class Trainer:
                     self.save()
 
     def _step(self) -> None:
-        """Takes one optimiser step on one batch, in micro-batches."""
+        """Takes one optimiser step on one batch, in more micro-batches where memory runs out."""
         train, step = self.config.train, self.state.step
-        seed = step_seed(self.config.seed, step)
-        torch.manual_seed(seed)
-        resample(self.model, torch.Generator().manual_seed(seed))
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(train, step)
-            group["betas"] = (beta1(train, step), train.betas[1])
-        pieces = self.data["train"].training(step, train.batch_size, self.pieces, self.config.seed)
-        size = sum(len(piece.labels) for piece in pieces)
-        self.model.train()
-        for piece in pieces:
-            with self.autocast:
-                logits = self.model(piece.tokens, piece.key_mask).float()
-            loss = F.cross_entropy(logits, piece.labels, reduction="sum")
-            (loss / size).backward()
-            correct = (logits.detach().argmax(-1) == piece.labels).sum()
-            self.sums += torch.stack([loss.detach().double(), correct.double()])
-        if train.clip_value:
-            nn.utils.clip_grad_value_(self.model.parameters(), train.clip_value)
-        if train.clip_norm:
-            nn.utils.clip_grad_norm_(self.model.parameters(), train.clip_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-        self.state.step += 1
-        self.state.train_seen += size
+        while True:
+            try:
+                pieces, sums = self._accumulate(step)
+                break
+            except Exception as error:
+                self.optimizer.zero_grad(set_to_none=True)
+                if not (measure.out_of_memory(error) and self._more_pieces()):
+                    raise
+            torch.cuda.empty_cache()  # not before the error and what it holds is gone
+        with self.changing:
+            if train.clip_value:
+                nn.utils.clip_grad_value_(self.model.parameters(), train.clip_value)
+            if train.clip_norm:
+                nn.utils.clip_grad_norm_(self.model.parameters(), train.clip_norm)
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate(train, step)
+                group["betas"] = (beta1(train, step), train.betas[1])
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            size = sum(len(piece.labels) for piece in pieces)
+            self.sums = sums
+            self.state.step += 1
+            self.state.train_seen += size
         self.session_steps += 1
         if self.session_steps == WARMUP_STEPS:
             self.untimed_seconds = self.clock.read()["train"]
@@ -204,32 +209,102 @@ class Trainer:
             self.timed.examples += size
             self.timed.tokens += sum(piece.num_tokens for piece in pieces)
 
+    def _accumulate(self, step: int) -> tuple[list[MicroBatch], Tensor]:
+        """Adds up the gradients of a step's batch; nothing else is changed that is kept.
+
+        Returns:
+            The micro-batches, and the sums of losses and right answers with theirs.
+        """
+        seed = step_seed(self.config.seed, step)
+        torch.manual_seed(seed)
+        resample(self.model, torch.Generator().manual_seed(seed))
+        pieces = self.data["train"].training(
+            step, self.config.train.batch_size, self.pieces, self.config.seed
+        )
+        size = sum(len(piece.labels) for piece in pieces)
+        sums = self.sums.clone()
+        self.model.train()
+        for piece in pieces:
+            self._heed_signal()
+            with self.autocast:
+                logits = self.model(piece.tokens, piece.key_mask).float()
+            loss = F.cross_entropy(logits, piece.labels, reduction="sum")
+            (loss / size).backward()
+            correct = (logits.detach().argmax(-1) == piece.labels).sum()
+            sums += torch.stack([loss.detach().double(), correct.double()])
+        return pieces, sums
+
+    def _more_pieces(self) -> bool:
+        """Doubles the micro-batches of a batch, if they are not of one example already."""
+        most = min(self.config.train.batch_size, len(self.data["train"]))
+        if self.pieces >= most:
+            return False
+        self.pieces = self.state.micro_batches = min(2 * self.pieces, most)
+        told = "Out of memory in step %d: it is taken again, in %d micro-batches, as are the others"
+        LOG.warning(told, self.state.step + 1, self.pieces)
+        return True
+
     def _look_up(self, phase: str) -> None:
         """Gives a sign of life where one is due, and stops the run where it is to be stopped."""
-        if self.clock.total() - self.told_at > PROGRESS_SECONDS:
+        due = self.clock.total() - self.told_at > PROGRESS_SECONDS
+        if due:
             self.clock.switch("other")
             seconds = self.clock.read()
             done = Progress(self.state.step, seconds["train"] + seconds["evaluate"])
-            save_progress(self.folder, done)
+            self._write(partial(save_progress, self.folder, done))
             self.told_at = self.clock.total()
             self.clock.switch(phase)
-        if self.stop.signal is not None:
-            raise Stopped("interrupted", f"{self.stop.signal} received")
+        # On a GPU a look waits for all that it was given, as the sign of life does anyway.
+        if phase == "train" and (due or self.device.type == "cpu"):
+            self._check_loss()
+        self._heed_signal()
         limit = self.config.time_limit_minutes
         if limit and self.clock.total() > 60 * limit:
             raise Stopped("timeout", f"time_limit_minutes={limit:g}")
+
+    def _heed_signal(self) -> None:
+        if self.stop.signal is not None:
+            raise Stopped("interrupted", f"{self.stop.signal} received")
+
+    def _check_loss(self) -> None:
+        """Stops the run if a training loss since the last evaluation is not finite."""
+        self._read_sums()
+        state = self.state
+        if not math.isfinite(state.train_loss):
+            raise self._diverged("training loss")
+        self.finite_step, self.finite_loss = state.step, state.train_loss / state.train_seen
+
+    def _diverged(self, what: str) -> Stopped:
+        """Leaves what is known in the folder; returns what to raise."""
+        last, kept = self.state.step, self.saved[0]
+        first = min(self.finite_step + 1, last)
+        rate = learning_rate(self.config.train, first - 1)
+        found = divergence.evidence(
+            self.model,
+            (first, last),
+            loss=what,
+            lr=rate,
+            train_loss_before=self.finite_loss,
+            checkpoint_of_step=kept or None,
+        )
+        self._write(partial(divergence.save, self.folder, found))
+        when = f"at step {last:,}" if first == last else f"from one of steps {first:,} to {last:,}"
+        start = f"from the checkpoint of step {kept:,}" if kept else "from the beginning"
+        return Stopped(
+            "diverged",
+            f"the {what} is not finite {when} (learning rate {rate:.3g}); the same command takes "
+            f"the way again {start}",
+        )
 
     # --- evaluation -----------------------------------------------------------------------------
 
     def _validate(self, bar: tqdm) -> None:
         """Scores the validation set, logs, and keeps the weights if they are the best so far."""
-        self._read_sums()
+        self._check_loss()
         state = self.state
-        if not math.isfinite(state.train_loss):
-            raise Stopped("diverged", f"the training loss is not finite by step {state.step:,}")
         score, _ = self._evaluate(self.model, "val", state.step)
         if not math.isfinite(score.loss):
-            raise Stopped("diverged", f"the validation loss is not finite at step {state.step:,}")
+            raise self._diverged("validation loss")
         metrics = {
             "train_loss": state.train_loss / state.train_seen,
             "train_accuracy": state.train_correct / state.train_seen,
@@ -237,21 +312,27 @@ class Trainer:
             "val_accuracy": score.accuracy,
             "lr": learning_rate(self.config.train, state.step - 1),
         }
-        self.metrics.append({"step": state.step, "seconds": round(self.clock.total(), 3)} | metrics)
+        line = {"step": state.step, "seconds": round(self.clock.total(), 3)} | metrics
+        self._write(partial(self.metrics.append, line))
         self.tracker.log(metrics, state.step)
         bar.set_postfix(loss=f"{metrics['train_loss']:.3f}", val=f"{score.accuracy:.1%}")
-        state.last = asdict(score)
         best = state.best["accuracy"] if state.best else -1.0
-        if state.step >= self.config.train.best_from and score.accuracy > best:
-            state.best = asdict(score)
-            state.best_model = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
-        state.evaluated, state.train_seen = state.step, 0
-        self.sums.zero_()
+        with self.changing:
+            state.last = asdict(score)
+            if state.step >= self.config.train.best_from and score.accuracy > best:
+                state.best = asdict(score)
+                weights = self.model.state_dict().items()
+                state.best_model = {k: v.detach().clone() for k, v in weights}
+            state.evaluated, state.train_seen = state.step, 0
+            self.sums.zero_()
 
     def _evaluate(self, model: Classifier, split: str, step: int) -> tuple[Score, np.ndarray]:
         self.clock.switch("evaluate")
         look_up = partial(self._look_up, "evaluate")
-        result = evaluate(model, self.data[split], self.autocast, step, look_up)
+        data = self.data[split]
+        data.evaluation_tokens = self.state.evaluation_tokens
+        result = evaluate(model, data, self.autocast, step, look_up)
+        self.state.evaluation_tokens = data.evaluation_tokens
         self.clock.switch("other")
         return result
 
@@ -275,20 +356,70 @@ class Trainer:
 
     # --- what is kept ---------------------------------------------------------------------------
 
-    def save(self) -> None:
-        """Writes a checkpoint of the last whole step, unless its loss is not finite."""
-        self.clock.switch("other")
-        self._read_sums()
-        if math.isfinite(self.state.train_loss):
-            self._read_measures()
-            checkpoint.save(self.folder, self.record.hash, self.state, self.model, self.optimizer)
+    def save(self) -> bool:
+        """Writes a checkpoint of the last whole step, if that is finite and there is space.
+
+        Returns:
+            Whether there is one of that step now.
+        """
+        with self.changing:
+            self.clock.switch("other")
+            self._read_sums()
+            finite = math.isfinite(self.state.train_loss) and divergence.is_finite(self.model)
+            # What is saved already is not to push out the one before it.
+            if finite and self.saved != self._mark():
+                self._read_measures()
+                # The lines first: those that a checkpoint counts as written must be there.
+                self._write(self.metrics.write) and self._write(self._save_checkpoint)
             self.saved_at = self.clock.total()
+            return self.saved == self._mark()
+
+    def finish(self) -> None:
+        """Writes what a full disk has kept from being written so far.
+
+        Raises:
+            OSError: If it still does.
+        """
+        self.metrics.write()
+        if self.config.keep_checkpoint and self.saved != self._mark():
+            self._save_checkpoint()
+
+    def _save_checkpoint(self) -> None:
+        checkpoint.save(self.folder, self.record.hash, self.state, self.model, self.optimizer)
+        self.saved = self._mark()
+
+    def _mark(self) -> tuple[int, ...]:
+        """Returns what tells one checkpoint of this run from another; its step is the first."""
+        state = self.state
+        shrunk = (state.micro_batches or 0, state.evaluation_tokens or 0)
+        return state.step, state.evaluated, *shrunk
+
+    def _write(self, write: Callable[[], None]) -> bool:
+        """Writes, and returns whether there was space: a full disk ends no training."""
+        try:
+            write()
+        except OSError as error:
+            if not disk_is_full(error):
+                raise
+            if not self.told_of_full_disk:
+                told = "The disk is full: %s. Training goes on; the checkpoint of step %d stays."
+                LOG.warning(told, error.filename, self.saved[0])
+            self.told_of_full_disk = True
+            return False
+        return True
 
     def complete_record(self) -> None:
         """Writes what was measured into the record."""
         self._read_measures()
         record, state = self.record, self.state
         record.steps = state.step
+        record.micro_batches = self.pieces
+        shrunk = {}
+        if self.pieces > self.pieces_asked:
+            shrunk["micro_batches"] = [self.pieces_asked, self.pieces]
+        if state.evaluation_tokens:
+            shrunk["evaluation_tokens"] = [evaluation_tokens(self.device), state.evaluation_tokens]
+        record.shrunk = shrunk or None
         record.train_seconds = state.seconds["train"]
         record.evaluation_seconds = state.seconds["evaluate"]
         record.other_seconds = state.seconds["other"]
@@ -326,7 +457,6 @@ class Trainer:
         )
 
 
-@torch.no_grad()
 def evaluate(
     model: Classifier,
     data: Batches,
@@ -334,11 +464,11 @@ def evaluate(
     step: int,
     check: Callable[[], None] = lambda: None,
 ) -> tuple[Score, np.ndarray]:
-    """Scores every example of a split.
+    """Scores every example of a split, in smaller batches where memory runs out.
 
     Args:
         model: The model, with the weights of ``step``.
-        data: The split.
+        data: The split; it keeps the size of batch that fits.
         precision: The context to compute in.
         step: The optimiser step to write into the score.
         check: Called before every batch; may raise to stop.
@@ -346,6 +476,25 @@ def evaluate(
     Returns:
         The score, and the predicted classes in the split's order.
     """
+    while True:
+        try:
+            return _evaluate(model, data, precision, step, check)
+        except Exception as error:
+            if not (measure.out_of_memory(error) and data.shrink()):
+                raise
+        torch.cuda.empty_cache()  # not before the error and what it holds is gone
+        told = "Out of memory: it is evaluated again, in batches of %d tokens, as are the others"
+        LOG.warning(told, data.evaluation_tokens)
+
+
+@torch.no_grad()
+def _evaluate(
+    model: Classifier,
+    data: Batches,
+    precision: torch.autocast,
+    step: int,
+    check: Callable[[], None],
+) -> tuple[Score, np.ndarray]:
     model.eval()
     device = data.labels.device
     predictions = torch.empty(len(data), dtype=torch.long, device=device)

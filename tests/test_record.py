@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -297,18 +299,20 @@ def state(model):
         seconds={"train": 1.0, "evaluate": 2.0, "other": 3.0},
         timed=Timed(1, 2, 3, 4.0),
         peak_memory=12345,
+        micro_batches=8,
+        evaluation_tokens=4096,
     )
 
 
-def test_a_folder_without_a_checkpoint_has_none(tmp_path):
-    assert checkpoint.load(tmp_path, "1a2b3c4d") is None
+def test_a_folder_without_a_checkpoint_has_none(tmp_path, trained):
+    assert checkpoint.load(tmp_path, "1a2b3c4d", trained[0]) is None
 
 
 def test_a_checkpoint_is_read_as_it_was_written(tmp_path, trained):
     model, optimizer = trained
     written = state(model)
     checkpoint.save(tmp_path, "1a2b3c4d", written, model, optimizer)
-    loaded = checkpoint.load(tmp_path, "1a2b3c4d")
+    loaded = checkpoint.load(tmp_path, "1a2b3c4d", model)
     torch.testing.assert_close(loaded["model"], dict(model.state_dict()), rtol=0, atol=0)
     torch.testing.assert_close(loaded["state"].best_model, dict(written.best_model), rtol=0, atol=0)
     for field in dataclasses.fields(State):
@@ -319,17 +323,111 @@ def test_a_checkpoint_is_read_as_it_was_written(tmp_path, trained):
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
-def test_a_checkpoint_of_another_run_is_refused_and_both_are_named(tmp_path, trained):
-    checkpoint.save(tmp_path, "aaaaaaaa", State(), *trained)
-    with pytest.raises(ValueError, match=r"checkpoint\.pt is of run aaaaaaaa, not of bbbbbbbb"):
-        checkpoint.load(tmp_path, "bbbbbbbb")
+def test_the_checkpoint_before_the_newest_is_kept(tmp_path, trained):
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, "1a2b3c4d", State(step=step), *trained)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "checkpoint.pt",
+        "checkpoint.previous.pt",
+    }
+    assert checkpoint.load(tmp_path, "1a2b3c4d", trained[0])["state"].step == 3
+    # As a process leaves it that dies after the first of the two renamings.
+    (tmp_path / "checkpoint.pt").unlink()
+    left = checkpoint.load(tmp_path, "1a2b3c4d", trained[0])
+    assert left["state"].step == 2
+    checkpoint.settle(tmp_path, left["name"])
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
-def outcome(folder, content):
+def test_an_unusable_checkpoint_never_pushes_out_a_good_one(tmp_path, trained):
+    for step in (1, 2):
+        checkpoint.save(tmp_path, "1a2b3c4d", State(step=step), *trained)
+    (tmp_path / "checkpoint.pt").write_text("no checkpoint")
+    checkpoint.settle(tmp_path, checkpoint.load(tmp_path, "1a2b3c4d", trained[0])["name"])
+    assert (tmp_path / "checkpoint.unusable.pt").read_text() == "no checkpoint"
+    checkpoint.save(tmp_path, "1a2b3c4d", State(step=2), *trained)
+    (tmp_path / "checkpoint.pt").unlink()
+    assert checkpoint.load(tmp_path, "1a2b3c4d", trained[0])["state"].step == 1
+    checkpoint.remove(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("full", ["checkpoint.pt", None])
+def test_what_cannot_be_written_leaves_both_checkpoints(tmp_path, trained, monkeypatch, full):
+    for step in (1, 2):
+        checkpoint.save(tmp_path, "1a2b3c4d", State(step=step), *trained)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    if full and not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    if full:  # the system's own error, in the midst of what torch writes
+        real = Path.open
+        monkeypatch.setattr(Path, "open", lambda _, mode: real(Path("/dev/full"), mode))
+    else:
+        monkeypatch.setattr(torch, "save", lambda *_: 1 / 0)
+    with pytest.raises(OSError if full else ZeroDivisionError) as error:
+        checkpoint.save(tmp_path, "1a2b3c4d", State(step=3), *trained)
+    if full:
+        assert (error.value.errno, error.value.filename) == (28, str(tmp_path / full))
+    monkeypatch.undo()
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_checkpoint_of_the_first_format_is_read(tmp_path, trained):
+    checkpoint.save(tmp_path, "1a2b3c4d", state(trained[0]), *trained)
+    content = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    del content["format"], content["state"]["micro_batches"]
+    del content["state"]["evaluation_tokens"]
+    torch.save(content, tmp_path / "checkpoint.pt")
+    loaded = checkpoint.load(tmp_path, "1a2b3c4d", trained[0])["state"]
+    assert (loaded.step, loaded.micro_batches, loaded.evaluation_tokens) == (10, None, None)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"hash": "aaaaaaaa"}, "is of run aaaaaaaa, not of 1a2b3c4d"),
+        ({"format": 9}, "has format 9, newer than 2: update lra"),
+        ({"format": "new"}, "has format new"),
+        ({"optimizer": None}, "has no optimizer"),
+        ({"state": {"steps": 1}}, "lacks them: best, best_model, evaluated, "),
+        ({"model": {"weight": torch.zeros(2, 3)}}, "has another model: bias is missing"),
+        (
+            {"model": {"weight": torch.zeros(5, 3), "bias": torch.zeros(2)}},
+            "has another model: weight is (5, 3), not (2, 3)",
+        ),
+        (
+            {"model": {name: torch.zeros(1) for name in "abcd"}},
+            "a is not the model's, b is not the model's, bias is missing, and 3 more",
+        ),
+        ({"model": 5}, "has another model: it holds no tensors"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_tells_what_differs(
+    tmp_path, trained, caplog, monkeypatch, change, told
+):
+    monkeypatch.setattr(logging.getLogger("lra"), "propagate", True)
+    for step in (1, 2):
+        checkpoint.save(tmp_path, "1a2b3c4d", State(step=step), *trained)
+    newest = tmp_path / "checkpoint.pt"
+    content = torch.load(newest, weights_only=True) | change
+    torch.save({key: value for key, value in content.items() if value is not None}, newest)
+    loaded = checkpoint.load(tmp_path, "1a2b3c4d", trained[0])
+    assert (loaded["state"].step, loaded["name"]) == (1, "checkpoint.previous.pt")
+    assert f"{newest} " in caplog.text
+    assert told in caplog.text
+    assert "the one before it, of step 1, is used" in caplog.text
+
+    (tmp_path / "checkpoint.previous.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"checkpoint\.previous\.pt is no checkpoint") as error:
+        checkpoint.load(tmp_path, "1a2b3c4d", trained[0])
+    assert told in str(error.value)
+
+
+def outcome(folder, content, model):
     """Returns what loading ``content`` as a checkpoint comes to."""
     (folder / "checkpoint.pt").write_bytes(content)
     try:
-        checkpoint.load(folder, "1a2b3c4d")
+        checkpoint.load(folder, "1a2b3c4d", model)
     except ValueError as error:
         told = str(folder / "checkpoint.pt") in str(error) and "reuse=never" in str(error)
         return "refused" if told else f"refused without path or advice: {error}"
@@ -345,15 +443,19 @@ def saved(tmp_path, trained):
     return (tmp_path / "checkpoint.pt").read_bytes()
 
 
-def test_a_checkpoint_cut_anywhere_is_refused_with_its_path_and_what_to_do(tmp_path, saved):
-    outcomes = {outcome(tmp_path, saved[:length]) for length in range(0, len(saved), 61)}
+def test_a_checkpoint_cut_anywhere_is_refused_with_its_path_and_what_to_do(
+    tmp_path, saved, trained
+):
+    outcomes = {
+        outcome(tmp_path, saved[:length], trained[0]) for length in range(0, len(saved), 61)
+    }
     assert outcomes == {"refused"}
 
 
 @pytest.mark.filterwarnings("ignore")  # torch warns of what it finds in damaged files
-def test_a_checkpoint_with_a_blank_anywhere_crashes_nothing(tmp_path, saved):
+def test_a_checkpoint_with_a_blank_anywhere_crashes_nothing(tmp_path, saved, trained):
     outcomes = {
-        outcome(tmp_path, saved[:start] + bytes(16) + saved[start + 16 :])
+        outcome(tmp_path, saved[:start] + bytes(16) + saved[start + 16 :], trained[0])
         for start in range(0, len(saved), 16)
     }
     assert outcomes <= {"refused", "loaded"}
@@ -363,7 +465,7 @@ def test_a_changed_bit_in_the_weights_is_noticed(tmp_path, saved, trained):
     start = saved.index(trained[0].weight.detach().numpy().tobytes())
     damaged = bytearray(saved)
     damaged[start + 3] ^= 0x40
-    assert outcome(tmp_path, bytes(damaged)) == "refused"
+    assert outcome(tmp_path, bytes(damaged), trained[0]) == "refused"
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -378,16 +480,20 @@ def test_a_changed_bit_in_the_weights_is_noticed(tmp_path, saved, trained):
         pytest.param(b"\x80\x02J\x01.", id="pickle of half a number"),
     ],
 )
-def test_a_file_that_is_no_checkpoint_is_refused_with_its_path_and_what_to_do(tmp_path, content):
-    assert outcome(tmp_path, content) == "refused"
+def test_a_file_that_is_no_checkpoint_is_refused_with_its_path_and_what_to_do(
+    tmp_path, trained, content
+):
+    assert outcome(tmp_path, content, trained[0]) == "refused"
 
 
 @pytest.mark.parametrize(
     "content", [[], {}, {"hash": "1a2b3c4d"}, {"hash": "1a2b3c4d", "state": {"steps": 1}}]
 )
-def test_a_checkpoint_without_its_parts_is_refused_with_its_path_and_what_to_do(tmp_path, content):
+def test_a_checkpoint_without_its_parts_is_refused_with_its_path_and_what_to_do(
+    tmp_path, trained, content
+):
     torch.save(content, tmp_path / "whole.pt")
-    assert outcome(tmp_path, (tmp_path / "whole.pt").read_bytes()) == "refused"
+    assert outcome(tmp_path, (tmp_path / "whole.pt").read_bytes(), trained[0]) == "refused"
 
 
 # Records of others

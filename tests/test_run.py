@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lra import checkpoint, record
+from lra import record
 from lra.compose import load
 from lra.files import locked
 from lra.run import evaluate_again, new_record, run, run_folder
@@ -190,16 +190,6 @@ def test_a_crash_is_recorded_with_its_traceback_in_the_log(smoke, monkeypatch):
     done = run(load(smoke()))
     assert (done.status, done.reason) == ("failed", "RuntimeError: boom")
     assert 'raise RuntimeError("boom")' in (folder_of(smoke()) / "log.txt").read_text()
-
-
-def test_a_full_disk_is_named(smoke, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device", "checkpoint.pt")
-
-    monkeypatch.setattr(checkpoint, "write_atomically", full)
-    done = run(load(smoke()))
-    assert done.status == "failed"
-    assert "disk is full" in done.reason
 
 
 def test_missing_data_is_a_failed_run_with_the_task_s_message(smoke, monkeypatch):
