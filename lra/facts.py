@@ -3,7 +3,7 @@
 Other keys may stand beside these: a record tells more than its readers ask for.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, is_dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 SMALLEST, LARGEST = 1e-18, 2**63
 """Beyond what any number but 0 of a record can be."""
+
+_LOSSES = {"loss", "train_loss"}
+"""Numbers that may be infinite, and so small as they like."""
 
 _OF_ANY_SIGN = ("config", "modified", "attention")
 """Sections of options."""
@@ -132,6 +135,7 @@ def check(loaded: "Record") -> None:
                 check_known(form, section, name)
             except ValueError as error:
                 problems += str(error).splitlines()
+    _refuse(problems)
     pairs = {k: v for k, v in loaded.modified.items() if isinstance(v, list) and len(v) == 2}
     problems += [
         f"modified.{key} must be [the protocol's value, the run's]"
@@ -141,18 +145,40 @@ def check(loaded: "Record") -> None:
         problems.append("modified.train.steps must be two integers")
     told = {key: value for key, value in vars(loaded).items() if key not in _OF_ANY_SIGN}
     told["config.train.steps"] = loaded.config.get("train", {}).get("steps")
-    problems += [
-        f"{key} is {value!r:.30}, which is no such number"
-        for key, value in _numbers("", told)
-        if not is_number(value)
-    ]
+    problems += _odd("", told)
     problems += [
         f"{name} has an accuracy, or an end of its interval, above 1"
         for name in ("validation", "test")
         if (score := getattr(loaded, name)) and max(score.accuracy, score.low, score.high) > 1
     ]
-    if problems:  # not in lines, which tables of runs have no room for
+    _refuse(problems)
+
+
+def check_section(form: type, values: Mapping[str, Any], where: str) -> None:
+    """Refuses values that have not the types of a dataclass, or numbers that can be none.
+
+    Raises:
+        ValueError: One message with every problem.
+    """
+    try:
+        check_known(form, values, where)
+    except ValueError as error:
+        _refuse(str(error).splitlines())
+    _refuse(_odd(where, values))
+
+
+def _refuse(problems: list[str]) -> None:
+    """Raises them in one line, as tables of runs have no room for more."""
+    if problems:
         raise ValueError("; ".join(problem.rstrip(".") for problem in problems))
+
+
+def _odd(where: str, values: Any) -> list[str]:
+    return [
+        f"{key} is {value!r:.30}, which is no such number"
+        for key, value in _numbers(where, values)
+        if not is_number(value)
+    ]
 
 
 def is_number(value: float) -> bool:
@@ -163,9 +189,11 @@ def is_number(value: float) -> bool:
 def _numbers(where: str, value: Any) -> Iterator[tuple[str, float]]:
     """Yields every number in a value, but losses, with the keys that lead to it."""
     if is_dataclass(value):
-        value = {key: number for key, number in vars(value).items() if key != "loss"}
+        value = vars(value)
     if isinstance(value, dict):
         for key, inner in value.items():
+            if key in _LOSSES:
+                continue
             yield from _numbers(f"{where}.{key}".lstrip("."), inner)
     elif isinstance(value, list):
         for inner in value:

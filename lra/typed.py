@@ -101,6 +101,9 @@ def _convert(hint: Any, value: Any, where: str, strict: bool = True) -> tuple[An
         accepted = [converted for converted, problems in attempts if not problems]
         if accepted:
             return accepted[0], []
+        for option, (_, problems) in zip(typing.get_args(hint), attempts, strict=True):
+            if dataclasses.is_dataclass(option) and isinstance(value, Mapping):
+                return None, problems  # of its keys, which tell more than that it is none of these
     elif origin in (tuple, list) and isinstance(value, list | tuple):
         inner = typing.get_args(hint)
         if origin is list or inner[-1] is Ellipsis:

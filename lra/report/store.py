@@ -82,7 +82,8 @@ def predictions(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """
     path = folder / "test_predictions.npy"
     try:
-        pair = np.load(path, allow_pickle=False)
+        with path.open("rb") as file:
+            pair = np.load(file, allow_pickle=False)
         if not isinstance(pair, np.ndarray) or pair.ndim != 2 or len(pair) != 2:
             raise ValueError("it is no array of shape (2, n)")
         if pair.dtype != np.uint8:
