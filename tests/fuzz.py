@@ -2,10 +2,11 @@
 
     python tests/fuzz.py [--cases 10000] [--seed 0] [--target NAME ...] [--number N]
 
-What is damaged are command lines, records, checkpoints, cells, the data files of every task, and
-prepared data (`fuzz_targets.py`, `fuzz_data.py`). A case follows from its target, the seed and its
-number alone, so that a failure can be repeated by itself. Cases run in a process forked from this
-one, which imports everything once and computes nothing; one that dies or hangs costs its case.
+What is damaged are command lines (`fuzz_commands.py`), records, checkpoints, cells and prepared data
+(`fuzz_files.py`), and the data files of every task (`fuzz_data.py`). A case follows from its
+target, the seed and its number alone, so that a failure can be repeated by itself. Cases run in a
+process forked from this one, which imports everything once and computes nothing; one that dies or
+hangs costs its case.
 """
 
 import argparse
@@ -27,12 +28,16 @@ os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLI
 os.environ["TQDM_DISABLE"] = "1"
 
 import datasets  # noqa: F401  (imported once, for all cases)
+import fuzz_commands
 import fuzz_data
-import fuzz_targets
+import fuzz_files
 import hydra  # noqa: F401
 import torch._dynamo  # noqa: F401
 
-TARGETS = {target.name: target for target in fuzz_targets.TARGETS + fuzz_data.TARGETS}
+TARGETS = {
+    target.name: target
+    for target in (fuzz_commands.CommandLines, *fuzz_files.TARGETS, *fuzz_data.TARGETS)
+}
 
 SECONDS = 20
 """A case that takes longer hangs."""

@@ -10,8 +10,9 @@ import numpy as np
 import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
-from fuzz_mutations import put_back, put_damaged
-from fuzz_targets import RAW, Failure, contents
+from fuzz_commands import RAW, Failure
+from fuzz_files import contents
+from fuzz_mutations import damaged, put_back, put_damaged
 
 from lra.tasks import build_task
 from lra.tasks._listops import decode, generate
@@ -255,8 +256,6 @@ class Pictures(DataFiles):
         if random.random() < 0.5:
             write_table(random, table, path)
             return
-        from fuzz_mutations import damaged
-
         images = table.column("img").to_pylist()
         image = random.choice(images)
         image["bytes"] = damaged(random, image["bytes"])
