@@ -2,8 +2,8 @@
 
     python tests/fuzz.py [--cases 10000] [--seed 0] [--target NAME ...] [--number N]
 
-What is damaged are command lines (`fuzz_commands.py`), records, checkpoints, cells and prepared data
-(`fuzz_files.py`), and the data files of every task (`fuzz_data.py`). A case follows from its
+What is damaged are command lines (`fuzz_commands.py`), records, checkpoints, cells and prepared
+data (`fuzz_files.py`), and the data files of every task (`fuzz_data.py`). A case follows from its
 target, the seed and its number alone, so that a failure can be repeated by itself. Cases run in a
 process forked from this one, which imports everything once and computes nothing; one that dies or
 hangs costs its case.

@@ -60,7 +60,7 @@ def call(*arguments, named=""):
 class CommandLines:
     """Arguments of every command that starts nothing long."""
 
-    name, share = "command lines", 15
+    name, share = "command lines", 8
 
     WORDS = (
         "task=listops", "attention=softmax,cosformer", "protocol=quick", "seed=0,1", "tune=lr",

@@ -23,7 +23,7 @@ class DataFiles:
 
     task: str
     options = MappingProxyType({})
-    share = 5
+    share = 7
     followed = True
     """Whether a change of any of the files is noticed, and so prepared data is made again."""
 

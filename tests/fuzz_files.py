@@ -32,7 +32,7 @@ RUN = ["protocol=smoke", "tracker=none", "device=cpu", "task.num_train=32", "tas
 class Records:
     """The small files of runs, read by report, status, compare, train and eval."""
 
-    name, share = "records", 22
+    name, share = "records", 14
     SMALL = ("record.json", "metrics.jsonl", "test_predictions.npy")
 
     @staticmethod
@@ -126,7 +126,7 @@ class Records:
 class Checkpoints:
     """Checkpoints of a cut run and of a finished one: resumed to the same end, or refused."""
 
-    name, share = "checkpoints", 5
+    name, share = "checkpoints", 4
 
     @staticmethod
     def make(folder):
@@ -191,7 +191,7 @@ class Checkpoints:
 class Cells:
     """The file of cells of `lra bench`, read by it and by the report."""
 
-    name, share = "cells", 15
+    name, share = "cells", 12
 
     @staticmethod
     def make(folder):
@@ -302,7 +302,7 @@ def contents(prepared):
 class PartFiles:
     """Finished parts of a long build: read as they were, or not there."""
 
-    name, share = "parts", 3
+    name, share = "parts", 2
 
     @staticmethod
     def make(folder):
