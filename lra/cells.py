@@ -7,11 +7,51 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from lra.files import short_hash
-from lra.typed import from_mapping
+from lra.files import parsed, short_hash
+from lra.typed import check_known, from_mapping
 
 Mode = Literal["train", "infer", "decode"]
 Status = Literal["ok", "oom", "timeout", "failed"]
+
+SMALLEST, LARGEST = 1e-30, 1e30
+"""Beyond what any figure but 0 can be."""
+
+
+def _require(conditions: dict[str, bool]) -> None:
+    """Raises one ValueError with every message whose condition does not hold."""
+    if broken := [message for message, holds in conditions.items() if not holds]:
+        raise ValueError("\n".join(broken))
+
+
+def _positive(*numbers: float) -> bool:
+    return all(SMALLEST < number < LARGEST for number in numbers)
+
+
+def _numbers(*numbers: float) -> bool:
+    return all(number == 0 or _positive(number) for number in numbers)
+
+
+@dataclass(frozen=True)
+class _Model:
+    """What tables ask for of the model around the attention."""
+
+    layers: int
+    dim: int
+    heads: int
+    head_dim: int
+    ffn_dim: int
+    vocab_size: int
+    dropout: float
+    attention_dropout: float
+
+
+@dataclass(frozen=True)
+class _Device:
+    """What tables ask for of a device."""
+
+    kind: str
+    name: str
+    threads: int
 
 
 @dataclass(frozen=True)
@@ -36,6 +76,10 @@ class Conditions:
     device: dict[str, Any]
     torch: str
 
+    def __post_init__(self) -> None:
+        check_known(_Model, self.model, "model")
+        check_known(_Device, self.device, "device")
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -54,6 +98,9 @@ class Cell:
     mode: Mode
     length: int
     conditions: Conditions
+
+    def __post_init__(self) -> None:
+        _require({"length must be at least 1": _positive(self.length)})
 
     @property
     def key(self) -> str:
@@ -75,6 +122,10 @@ class Spread:
     high: float
     repetitions: int
 
+    def __post_init__(self) -> None:
+        times = (self.median, self.low, self.high)
+        _require({"times must be positive and finite": _positive(*times)})
+
 
 @dataclass(frozen=True)
 class Decoding:
@@ -91,6 +142,20 @@ class Decoding:
     seconds: list[float]
     tokens_per_second: list[float]
     state_bytes: list[int]
+
+    def __post_init__(self) -> None:
+        lists = (self.positions, self.seconds, self.tokens_per_second, self.state_bytes)
+        _require(
+            {
+                "its lists must be of one length, and not empty": 0
+                < min(map(len, lists))
+                == max(map(len, lists)),
+                "positions, times and speeds must be positive and finite": _positive(
+                    *self.positions, *self.seconds, *self.tokens_per_second
+                ),
+                "state_bytes must not be negative": min(self.state_bytes, default=0) >= 0,
+            }
+        )
 
     @property
     def variation(self) -> float:
@@ -120,6 +185,10 @@ class Figures:
     bytes: float
     decoding: Decoding | None = None
 
+    def __post_init__(self) -> None:
+        counts = (self.peak_bytes or 0, self.parameters, self.flops, self.bytes)
+        _require({"numbers must be finite and not negative": _numbers(*counts)})
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -144,6 +213,17 @@ class Measured:
     date: str
     command: str
     figures: Figures | None = None
+
+    def __post_init__(self) -> None:
+        decoded = self.figures is not None and self.figures.decoding is not None
+        _require(
+            {
+                "a cell has figures if it is ok, and only then": (self.figures is not None)
+                == (self.status == "ok"),
+                "generation by position is of mode=decode alone": decoded
+                == (self.figures is not None and self.cell.mode == "decode"),
+            }
+        )
 
     def holds(self, memory_gb: float | None, seconds: float) -> bool:
         """Whether measuring again under other limits would tell nothing new."""
@@ -178,6 +258,10 @@ class Ceilings:
     bytes_per_second: float
     date: str
 
+    def __post_init__(self) -> None:
+        speeds = (self.flops_per_second, self.bytes_per_second)
+        _require({"speeds must be positive and finite": _positive(*speeds)})
+
 
 @dataclass(frozen=True)
 class Store:
@@ -201,17 +285,20 @@ def load(path: Path) -> Store:
         ValueError: If another line is damaged; it names file and line.
     """
     store = Store()
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     for number, line in enumerate(lines, 1):
         try:
-            values = json.loads(line)
+            values = parsed(line)
+            if not isinstance(values, dict):
+                raise ValueError("it is no JSON object")
             if "cell" in values:
                 measured = from_mapping(Measured, values, "")
                 store.cells[measured.cell.key] = measured
             else:
                 store.ceilings.append(from_mapping(Ceilings, values, ""))
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}: {error}. Delete the line.") from None
+            told = "; ".join(part.rstrip(".") for part in str(error).splitlines())
+            raise ValueError(f"{path}, line {number}: {told}. Delete the line.") from None
     return store
 
 

@@ -12,7 +12,9 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from lra.files import write_atomically, write_text
+from lra import facts
+from lra.files import parsed, write_atomically, write_text
+from lra.record import Score
 
 LOG = logging.getLogger("lra")
 
@@ -35,6 +37,24 @@ class Timed:
     examples: int = 0
     tokens: int = 0
     seconds: float = 0.0
+
+
+@dataclass
+class _Sound:
+    """Types of the fields of `State` that are no weights, and of those that are dicts."""
+
+    step: int
+    evaluated: int
+    train_loss: float
+    train_correct: float
+    train_seen: int
+    last: Score | None
+    best: Score | None
+    seconds: dict[str, float]
+    timed: Timed
+    peak_memory: int
+    micro_batches: int | None
+    evaluation_tokens: int | None
 
 
 @dataclass
@@ -113,7 +133,7 @@ def load(folder: Path, run_hash: str, model: torch.nn.Module) -> dict[str, Any] 
     for name in (FILE, PREVIOUS):
         try:
             with (folder / name).open("rb") as file:
-                content = _read(file, run_hash, model.state_dict())
+                content = _read(file, run_hash, model)
         except FileNotFoundError:
             continue
         except (_Unusable, OSError) as error:
@@ -152,7 +172,7 @@ class _Unusable(Exception):
     """What is wrong with a checkpoint, to be said after its path."""
 
 
-def _read(file: BinaryIO, run_hash: str, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+def _read(file: BinaryIO, run_hash: str, model: torch.nn.Module) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()  # torch.load checks no sums
@@ -177,6 +197,9 @@ def _read(file: BinaryIO, run_hash: str, weights: Mapping[str, Tensor]) -> dict[
     if missing := {"state", "model", "optimizer"} - content.keys():
         raise _Unusable(f"has no {' and no '.join(sorted(missing))}")
     content["state"] = _state(content["state"], version)
+    if not _fits(content["optimizer"], model):
+        raise _Unusable("has a state of the optimiser that is none of this model's")
+    weights = model.state_dict()
     for name, found in (("model", content["model"]), ("best_model", content["state"].best_model)):
         if found is not None and (differing := _differing(found, weights)):
             more = f", and {len(differing) - 3} more" if len(differing) > 3 else ""
@@ -196,7 +219,30 @@ def _state(values: Any, version: int) -> State:
             odd = names ^ given.keys() if isinstance(given, dict) else names
             told = ", ".join(sorted(map(str, odd)))
             raise _Unusable(f"has other fields in its state, or lacks them: {told}")
+    numbers = {key: value for key, value in values.items() if key != "best_model"}
+    try:
+        facts.check_section(_Sound, numbers, "state")
+    except ValueError as error:
+        raise _Unusable(f"is damaged: {error}") from None
+    if not 0 <= values["evaluated"] <= values["step"] or (
+        values["evaluated"] and not values["last"]
+    ):
+        raise _Unusable("is damaged: its steps and scores do not go together")
     return State(**values | {"timed": Timed(**values["timed"])})
+
+
+def _fits(optimizer: Any, model: torch.nn.Module) -> bool:
+    """Whether a state of AdamW has what it keeps of the parameters of a model, and no more."""
+    shapes = [parameter.shape for parameter in model.parameters()]
+    try:
+        return all(
+            its.keys() == {"step", "exp_avg", "exp_avg_sq"}
+            and its["step"].numel() == 1
+            and its["exp_avg"].shape == its["exp_avg_sq"].shape == shapes[number]
+            for number, its in optimizer["state"].items()
+        )
+    except Exception:  # of whatever stands in the place of tensors and dicts
+        return False
 
 
 def _differing(found: Any, weights: Mapping[str, Tensor]) -> list[str]:
@@ -206,7 +252,10 @@ def _differing(found: Any, weights: Mapping[str, Tensor]) -> list[str]:
     told = [f"{name} is missing" for name in weights.keys() - found.keys()]
     told += [f"{name} is not the model's" for name in found.keys() - weights.keys()]
     for name in weights.keys() & found.keys():
-        shapes = [tuple(getattr(of[name], "shape", ())) for of in (found, weights)]
+        if not isinstance(found[name], Tensor):
+            told.append(f"{name} is no tensor")
+            continue
+        shapes = [tuple(of[name].shape) for of in (found, weights)]
         if shapes[0] != shapes[1]:
             told.append(f"{name} is {shapes[0]}, not {shapes[1]}")
     return sorted(told)
@@ -224,7 +273,8 @@ class Metrics:
         self._path = path
         self._text, self._written = "", True
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= last_step]
+            lines = path.read_text(errors="replace").splitlines()
+            kept = [line for line in lines if _step_of(line) <= last_step]
             self._text, self._written = "".join(line + "\n" for line in kept), False
             self.write()
 
@@ -246,8 +296,9 @@ class Metrics:
 
 
 def _step_of(line: str) -> float:
-    """Returns the step of a metrics line, or infinity for a line that was cut."""
+    """Returns the step of a metrics line, or infinity for a line that was cut or damaged."""
     try:
-        return json.loads(line)["step"]
+        step = parsed(line)["step"]
     except (ValueError, KeyError, TypeError):
         return math.inf
+    return step if isinstance(step, int) else math.inf

@@ -1,6 +1,7 @@
 """The command line: picks the sub-command and imports the rest late, so that help is instant."""
 
 import argparse
+import io
 import logging
 import os
 import sys
@@ -80,6 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     LOG.addHandler(handler)
     LOG.setLevel(logging.INFO)
     LOG.propagate = False
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may be no text of its encoding
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if _processes() > 1 and (
             arguments[:1] != ["train"] or {"-h", "--help", "--dry-run"} & set(arguments)

@@ -6,6 +6,7 @@ Names, keys, types and values of all runs of a call are checked before anything 
 import copy
 import itertools
 import logging
+import math
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,13 +14,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lra.config import RunConfig, options_of, require
+from lra.config import RunConfig, options_of
+from lra.fit import check_fit
 from lra.plugins import import_plugins, named_plugins
 from lra.tasks import TASKS
 from lra.typed import from_mapping, unknown
-from models.attention import ATTENTIONS, build_attention, capabilities
+from models.attention import ATTENTIONS
 
 LOG = logging.getLogger("lra")
+
+MOST_RUNS = 10_000
+"""Of one call: more are a slip, and would take hours to compose."""
 
 GROUPS = ("task", "attention", "protocol", "launch")
 PROTOCOL_SECTIONS = ("task", "model", "train")
@@ -140,8 +145,7 @@ def load_section(config: str, groups: Sequence[str], overrides: Iterable[str]) -
         for override in composer.parse(overrides):
             text = override.input_line
             if override.is_sweep_override():
-                values = ",".join(override.sweep_string_iterator())
-                text = f"{override.get_key_element()}=[{values}]"
+                text = f"{override.get_key_element()}=[{','.join(_values(override))}]"
             listed.append(text)
         sound, problems = composer.sound(composer.parse(listed))
         if problems:
@@ -167,11 +171,9 @@ class _Composer:
         self._composed: dict[tuple[str, ...], dict[str, Any]] = {}
 
     def parse(self, overrides: Iterable[str]) -> list[Any]:
-        from hydra.errors import HydraException
-
         try:
             return self.parser.parse_overrides(list(overrides))
-        except HydraException as error:
+        except Exception as error:  # Hydra's, and those of what it calls in a value
             given = getattr(error, "override", " ".join(overrides))
             raise ValueError(
                 f"Cannot read '{given}': write key=value, and quote lists and spaces for the "
@@ -185,22 +187,17 @@ class _Composer:
 
     def _product(self, overrides: list[str]) -> list[list[str]]:
         """Returns every combination of the values given."""
-        from hydra.errors import HydraException
-
         # Of a key given twice, the last counts, as in Hydra.
         last = {override.get_key_element(): override for override in self.parse(overrides)}
         choices = []
         for key, override in last.items():
             if override.is_sweep_override():
-                try:
-                    values = list(override.sweep_string_iterator())
-                except HydraException as error:
-                    raise ValueError(f"'{override.input_line}': {error}") from None
-                if not values:
-                    raise ValueError(f"'{override.input_line}' matches nothing.")
-                choices.append([f"{key}={value}" for value in values])
+                choices.append([f"{key}={value}" for value in _values(override)])
             else:
                 choices.append([override.input_line])
+        count = math.prod(map(len, choices))
+        if count > MOST_RUNS:
+            raise ValueError(f"These overrides make {count:,} runs; at most {MOST_RUNS:,} may be.")
         return [list(job) for job in itertools.product(*choices)]
 
     def config(self, overrides: list[str]) -> RunConfig:
@@ -224,7 +221,7 @@ class _Composer:
             config = from_mapping(RunConfig, composed, "")
         if not problems:
             with _collecting(problems):
-                _check_fit(config)
+                check_fit(config)
         if problems:
             raise ValueError("\n".join(problems))
         asked = dict(_flatten(protocol))
@@ -274,9 +271,8 @@ class _Composer:
 
     def _compose(self, overrides: list[str]) -> dict[str, Any]:
         from hydra import compose
-        from hydra.errors import HydraException, MissingConfigException
+        from hydra.errors import MissingConfigException
         from omegaconf import OmegaConf
-        from omegaconf.errors import OmegaConfBaseException
 
         try:
             config = compose(self.config_name, overrides=overrides)
@@ -294,8 +290,34 @@ class _Composer:
             raise ValueError(
                 f"{folder} does not say how task '{task}' is run. It has: {known}."
             ) from None
-        except (HydraException, OmegaConfBaseException) as error:
-            raise ValueError(str(error).strip()) from None
+        except RecursionError:
+            raise ValueError("These values stand for one another without end.") from None
+        except Exception as error:  # of Hydra and of what it uses: no code of ours is run
+            raise ValueError(str(error).strip() or type(error).__name__) from None
+
+
+def _values(override: Any) -> list[str]:
+    """Returns the values of an override that has several.
+
+    Raises:
+        ValueError: If there are none, or more than a sweep may have.
+    """
+    from hydra.core.override_parser.types import RangeSweep
+
+    swept, given = override.value(), override.input_line
+    try:
+        if isinstance(swept, RangeSweep) and _more_than(MOST_RUNS, swept.range()):
+            raise ValueError(f"it has more than {MOST_RUNS:,} values")
+        values = list(override.sweep_string_iterator())
+    except Exception as error:  # of a range that Hydra cannot count out, too
+        raise ValueError(f"'{given}': {str(error) or type(error).__name__}") from None
+    if not values:
+        raise ValueError(f"'{given}' matches nothing.")
+    return values
+
+
+def _more_than(most: int, values: Iterable[Any]) -> bool:
+    return next(itertools.islice(values, most, None), None) is not None
 
 
 def _lines(overrides: list[str]) -> list[list[str]]:
@@ -348,49 +370,6 @@ def store_groups(overrides: list[str]) -> None:
             except ValueError:  # told when it is chosen; the others are not to suffer
                 options = {}
             store.store(group=group, name=name, node={"name": name} | options)
-
-
-def _check_fit(config: RunConfig) -> None:
-    """Checks that task, model, optimisation and attention go together."""
-    import torch
-
-    task = config.build_task()
-    name = config.attention["name"]
-    sizes = {"num_heads": config.model.heads, "head_dim": config.model.head_dim}
-    positions = config.model.max_len + (config.model.pooling == "cls")
-    sizes |= {"max_len": positions, "model_dim": config.model.dim}
-    try:
-        with torch.device("meta"):
-            build_attention(name, **sizes, **config.attention_options)
-    except ValueError:  # sizes and options that do not go together
-        raise
-    except Exception as error:  # its crash, or that of a device without numbers: the run will tell
-        LOG.debug("attention=%s on the meta device: %s", name, error)
-    able = capabilities(name, config.attention_options)
-    patterns = able.patterns
-    forms = ", ".join(sorted(patterns))
-    rotary = config.model.positions == "rotary"
-    require(
-        {
-            f"model.max_len is {config.model.max_len}, but {task.name} has examples of up to "
-            f"{task.max_len} tokens": config.model.max_len >= task.max_len,
-            f"model.vocab_size is {config.model.vocab_size}, but {task.name} has "
-            f"{task.vocab_size} token ids": config.model.vocab_size >= task.vocab_size,
-            "the validation split is the test split, so train.tested=best would choose by test "
-            "scores: add train.tested=last": config.train.tested == "last"
-            or not task.validation_is_test,
-            "the validation split is the test split, so tune=lr would choose by test scores: leave "
-            "it out": config.tune == "none" or not task.validation_is_test,
-            f"attention={name} with these options takes no masks, but model.zero_is_padding=true "
-            "masks black pixels": able.key_mask != "none" or not config.model.zero_is_padding,
-            f"attention={name} with these options cannot take model.positions=rotary: its "
-            "similarity is no function of q.k": able.rotary or not rotary,
-            f"model.head_dim is {config.model.head_dim}, but model.positions=rotary turns pairs of "
-            "channels: model.head_dim must be at least 2": config.model.head_dim >= 2 or not rotary,
-            f"the encoder attends in both directions, but attention={name} with these options "
-            f"has only these forms: {forms}": "self" in patterns,
-        }
-    )
 
 
 @contextmanager

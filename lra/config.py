@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lra.files import short_hash
+from lra.files import short_hash, user_path
 from lra.tasks import build_task
 
 if TYPE_CHECKING:
@@ -200,7 +200,7 @@ class RunConfig:
         return build_task(
             self.task["name"],
             options_of(self.task),
-            data_dir=Path(self.data_dir).expanduser(),
+            data_dir=user_path(self.data_dir),
             cache_dir=cache_dir(self.cache_dir),
         )
 
@@ -234,7 +234,7 @@ class RunConfig:
     def folder(self, precision: str, device_kind: str) -> Path:
         """Returns the run's folder, which is its key in the store of runs."""
         digest = short_hash(self.identity(precision, device_kind))
-        cell = Path(self.runs_dir).expanduser() / self.protocol.name / self.task["name"]
+        cell = user_path(self.runs_dir) / self.protocol.name / self.task["name"]
         return cell / self.attention["name"] / f"s{self.seed}-{digest}"
 
 
@@ -274,8 +274,8 @@ def identity(
 def cache_dir(setting: str | None) -> Path:
     """Returns where prepared data is kept: the setting, else the user's cache folder."""
     if setting is not None:
-        return Path(setting).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lra"
+        return user_path(setting)
+    return user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "lra"
 
 
 def options_of(section: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+DEEPEST = 50
+"""Levels of nested lists and objects in JSON."""
+
 
 class Busy(ValueError):
     """Another process holds the lock."""
@@ -64,8 +67,8 @@ def full_disk(error: OSError) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes ``text`` to ``path`` atomically."""
-    write_atomically(path, lambda file: file.write(text.encode()))
+    """Writes ``text`` to ``path`` atomically; bytes of no text, as names have some, as escapes."""
+    write_atomically(path, lambda file: file.write(text.encode(errors="backslashreplace")))
 
 
 @contextlib.contextmanager
@@ -102,6 +105,43 @@ def is_locked(path: Path) -> bool:
     except OSError as error:
         return error.errno in (errno.EAGAIN, errno.EACCES) and path.exists()
     return False
+
+
+def parsed(text: str | bytes) -> Any:
+    """Returns what JSON of a damaged or foreign file says.
+
+    Raises:
+        ValueError: If it is no JSON, or nested more deeply than anything written here.
+    """
+    try:
+        value = json.loads(text if isinstance(text, str) else text.decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"its byte {error.start} is not UTF-8") from None
+    except RecursionError:
+        raise ValueError(f"it is nested more than {DEEPEST} levels deep") from None
+    level = [value]
+    for _ in range(DEEPEST):
+        inside = [v.values() if isinstance(v, dict) else v for v in level if _holds_others(v)]
+        level = [inner for values in inside for inner in values]
+        if not level:
+            return value
+    raise ValueError(f"it is nested more than {DEEPEST} levels deep")
+
+
+def _holds_others(value: Any) -> bool:
+    return isinstance(value, dict | list)
+
+
+def user_path(setting: str) -> Path:
+    """Returns a path, with the home folder that a ``~`` at its begin stands for.
+
+    Raises:
+        ValueError: If there is no such home folder.
+    """
+    try:
+        return Path(setting).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{setting} begins with the home folder of nobody here.") from None
 
 
 def canonical_json(value: Any) -> str:

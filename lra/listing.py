@@ -232,13 +232,13 @@ def data(overrides: Sequence[str]) -> int:
     """
     if any(override.startswith("task=") for override in overrides):
         task = load(overrides).build_task()
-        task.prepare(hashes=True)
+        task.prepare(hashes="all")
         print(f"{task.name}: ready in {task.folder}")
         return 0
     whole = True
     for name in TASKS.names():
         task = load([*overrides, f"task={name}"]).build_task()
-        state, reason = task.state(hashes=True)
+        state, reason = task.state(hashes="all")
         whole = whole and state == "found"
         command = shlex.join(["lra", "data", f"task={name}", *overrides])
         print(f"{name}: {state}: {reason}" + ("" if state == "found" else f"; run: {command}"))

@@ -8,7 +8,7 @@ from pathlib import Path
 from lra import record
 from lra.compose import load_jobs
 from lra.config import RunConfig
-from lra.files import canonical_json
+from lra.files import canonical_json, user_path
 from lra.record import Record
 from lra.run import check_finished, new_record, run_folder
 from lra.status import State, duration, state_of, summary, table
@@ -125,15 +125,14 @@ def dry_run(overrides: Sequence[str], multirun: bool) -> int:
     runs = with_trials(runs)
     tell_missing(runs)
     speeds = {
-        folder: _speeds(folder)
-        for folder in {Path(run.config.runs_dir).expanduser() for run in runs}
+        folder: _speeds(folder) for folder in {user_path(run.config.runs_dir) for run in runs}
     }
     total, unknown = 0.0, 0
     for run in runs:
         state = run.state
         if state.status in ("ok", "data missing") or (state.trial and state.status == "diverged"):
             continue
-        measured = speeds[Path(run.config.runs_dir).expanduser()].get(_cost(new_record(run.config)))
+        measured = speeds[user_path(run.config.runs_dir)].get(_cost(new_record(run.config)))
         if state.seconds_left is None and measured is not None:
             state.seconds_left = (state.steps - state.step) * measured
         total += state.seconds_left or 0.0

@@ -29,14 +29,13 @@ def named_plugins(overrides: list[str]) -> list[str]:
     if not named:
         return []
     from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
 
     modules: list[str] = []
     for text in named:
         try:
             override = OverridesParser.create().parse_override(text)
             value = None if override.is_sweep_override() else override.value()
-        except HydraException:
+        except Exception:  # Hydra's, and those of what it calls in a value
             value = None
         if not isinstance(value, list):
             raise ValueError(

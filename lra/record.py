@@ -9,9 +9,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from lra import facts
 from lra.config import identity
-from lra.files import short_hash, write_atomically, write_text
-from lra.typed import from_mapping
+from lra.files import parsed, short_hash, write_atomically, write_text
+from lra.typed import check_known, from_mapping
 
 SCHEMA = 3
 """2 adds tuning and trial_of to 1; 3 adds shrunk."""
@@ -165,6 +166,21 @@ class Record:
             )
         )
 
+    def check_identity(self, path: Path) -> None:
+        """Refuses a record whose settings are no longer those that its hash was made of.
+
+        Raises:
+            ValueError: It names the file.
+        """
+        try:
+            identity = self.identity_hash()
+        except KeyError as error:
+            raise ValueError(f"{path} has no {error}: was it edited?") from None
+        if identity != self.hash:
+            raise ValueError(
+                f"{path} has the hash {self.hash}, but its settings have {identity}: was it edited?"
+            )
+
     def save(self, folder: Path) -> None:
         """Writes ``record.json`` into ``folder``, atomically."""
         write_text(folder / "record.json", json.dumps(dataclasses.asdict(self), indent=1) + "\n")
@@ -183,12 +199,14 @@ def load(folder: Path) -> Record | None:
     if not path.is_file():
         return None
     try:
-        values = json.loads(path.read_text())
+        values = parsed(path.read_bytes())
         if not isinstance(values, dict):
             raise ValueError("it is no JSON object")
         if values.get("schema", 0) > SCHEMA:
             raise ValueError(f"its format {values['schema']} is newer than {SCHEMA}: update lra")
-        return from_mapping(Record, values, "")
+        loaded = from_mapping(Record, values, "")
+        facts.check(loaded)
+        return loaded
     except (ValueError, OSError, TypeError) as error:
         raise ValueError(
             f"{path} is no record: {error}. Delete it or pass reuse=never to start the run over."
@@ -207,6 +225,10 @@ class Progress:
     step: int
     seconds: float
 
+    def __post_init__(self) -> None:
+        if not (facts.is_number(self.step) and facts.is_number(self.seconds)):
+            raise ValueError("these are no such numbers")
+
 
 def save_progress(folder: Path, progress: Progress) -> None:
     """Writes ``progress.json`` into ``folder``, atomically."""
@@ -216,13 +238,22 @@ def save_progress(folder: Path, progress: Progress) -> None:
 def load_progress(folder: Path) -> Progress | None:
     """Reads a folder's ``progress.json``; None if there is none, or it cannot be read."""
     try:
-        return from_mapping(Progress, json.loads((folder / PROGRESS).read_text()), "")
+        return from_mapping(Progress, parsed((folder / PROGRESS).read_bytes()), "")
     except (ValueError, OSError, TypeError):
         return None
 
 
+@dataclass(frozen=True)
+class _Evaluation:
+    """What readers of a line of metrics ask for."""
+
+    step: int
+    seconds: float
+    val_accuracy: float
+
+
 def load_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Reads the evaluations in ``metrics.jsonl``; a line that was cut is left out."""
+    """Reads the evaluations in ``metrics.jsonl``; a line that was cut or damaged is left out."""
     try:
         lines = (folder / "metrics.jsonl").read_text(errors="replace").splitlines()
     except OSError:
@@ -230,10 +261,15 @@ def load_metrics(folder: Path) -> list[dict[str, Any]]:
     whole = []
     for line in lines:
         try:
-            values = json.loads(line)
-        except ValueError:
+            values = parsed(line)
+            check_known(_Evaluation, values, "")
+        except (ValueError, TypeError):
             continue
-        if isinstance(values, dict) and {"step", "seconds", "val_accuracy"} <= values.keys():
+        if (
+            facts.is_number(values["step"])
+            and facts.is_number(values["seconds"])
+            and 0 <= values["val_accuracy"] <= 1
+        ):
             whole.append(values)
     return whole
 

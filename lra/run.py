@@ -204,7 +204,7 @@ def _run_recorded(config: RunConfig, current: Record, folder: Path, data_hash: s
         status: record.Status
         try:
             with ranks.together():
-                prepared = config.build_task().prepare()
+                prepared = config.build_task().prepare(hashes="splits")
                 _check_data(prepared.manifest, folder, data_hash)
                 current.task |= {
                     "data_hash": prepared.manifest["hash"],
@@ -314,10 +314,13 @@ def evaluate_again(folder: Path) -> tuple[Record, Score]:
         raise ValueError(f"{folder} has no record.json: give the folder of a run.")
     if finished.trial_of is not None:
         raise ValueError(f"{folder} is a trial of a tuning, and trials are never tested.")
+    finished.check_identity(folder / "record.json")
     config = from_mapping(RunConfig, finished.config, "")
     import_plugins(config.plugins)
     device = measure.resolve_device(config.device)
     task = config.build_task()
+    if task.fingerprint != finished.task["fingerprint"]:
+        raise ValueError(f"{folder}/record.json has settings of another task: was it edited?")
     model = build_model(config, task)
     saved = checkpoint.load(folder, finished.hash, model)
     if saved is None and finished.status == "ok":
@@ -329,7 +332,7 @@ def evaluate_again(folder: Path) -> tuple[Record, Score]:
         raise ValueError(f"{folder} has no checkpoint with an evaluation: {finished.status}.")
     validation, weights = tested(config.train, saved["state"])
     model.load_state_dict(saved["model"] if weights is None else weights)
-    prepared = task.prepare()
+    prepared = task.prepare(hashes="splits")
     _check_data(prepared.manifest, folder, finished.task.get("data_hash"))
     finished.steps = saved["state"].step
     data = Batches(prepared.splits["test"], device)

@@ -1,7 +1,7 @@
 """Text for the terminal and for records."""
 
+import os
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 
 def aligned(rows: Iterable[Sequence[str]]) -> str:
@@ -14,5 +14,5 @@ def aligned(rows: Iterable[Sequence[str]]) -> str:
 
 def shareable(text: str) -> str:
     """Returns ``text`` with the user's home folder, which has the user's name in it, as ``~``."""
-    home = str(Path.home())
+    home = os.path.expanduser("~")  # as it is where nobody knows a home
     return text.replace(home, "~") if len(home) > 1 else text

@@ -128,7 +128,8 @@ class Trainer:
         self.clock.carry(self.state.seconds)
         if saved:
             self.model.load_state_dict(saved["model"])
-            self.optimizer.load_state_dict(saved["optimizer"])
+            groups = self.optimizer.state_dict()["param_groups"]  # of the configuration alone
+            self.optimizer.load_state_dict(saved["optimizer"] | {"param_groups": groups})
             if ranks.leads():
                 checkpoint.settle(folder, saved["name"])
             LOG.info("%s: goes on from step %d", folder, self.state.step)

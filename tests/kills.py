@@ -1,6 +1,7 @@
 """Kills training at random moments; compares its end bit by bit with the uninterrupted run's.
 
-    python tests/kills.py [--attention softmax cosformer rfa] [--kills 100] [--seed 0]
+    python tests/kills.py [--attention softmax cosformer rfa nystrom]
+                          [--task listops pathfinder citations] [--kills 100] [--seed 0]
 
 Every session of a run is a process that dies by SIGKILL: in a training step, in an evaluation, in
 the writing of a checkpoint (after every step there is one), or beside them. It is forked from this
@@ -48,6 +49,9 @@ SETTINGS = [
     "device=cpu",
 ]
 
+ATTENTIONS_KILLED = ("softmax", "cosformer", "rfa", "nystrom")
+TASKS_KILLED = ("listops", "pathfinder", "citations")
+
 SHARES = {"training": 0.3, "evaluation": 0.3, "checkpoint writing": 0.3, "other": 0.1}
 """The phases of a session, and the shares of the kills that they are to have."""
 
@@ -90,8 +94,9 @@ class NoPandas:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--attention", nargs="+", default=["softmax", "cosformer", "rfa"])
-    parser.add_argument("--kills", type=int, default=100, help="shared out among the attentions")
+    parser.add_argument("--attention", nargs="+", default=ATTENTIONS_KILLED)
+    parser.add_argument("--task", nargs="+", default=TASKS_KILLED)
+    parser.add_argument("--kills", type=int, default=100, help="shared out among their pairs")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     sys.meta_path.insert(0, NoPandas())
@@ -99,11 +104,11 @@ def main():
         ATTENTIONS.get(attention)  # imports it
     scratch = Path(tempfile.mkdtemp(prefix="kills-"))
     try:
-        data = [*SETTINGS, f"cache_dir={scratch / 'cache'}"]
-        wait(*start(lambda: load(data).build_task().prepare(), scratch))
-        each, more = divmod(given.kills, len(given.attention))
-        for i, attention in enumerate(given.attention):
-            kill_runs(attention, each + (i < more), given.seed, scratch)
+        wait(*start(lambda: prepare(given.task, scratch), scratch))
+        pairs = list(itertools.product(given.attention, given.task))
+        each, more = divmod(given.kills, len(pairs))
+        for i, (attention, task) in enumerate(pairs):
+            kill_runs(attention, task, each + (i < more), given.seed, scratch)
     except Failure as failure:
         print(f"{failure}\nThe folders are left in {scratch}.", file=sys.stderr)
         return 1
@@ -111,18 +116,46 @@ def main():
     return 0
 
 
-def kill_runs(attention, kills, seed, scratch):
-    """Kills runs of an attention so many times in all, and prints what was done.
+def prepare(tasks, scratch):
+    """Prepares the data of all tasks; that of citations is made up."""
+    write_papers(scratch / "data" / "aan")
+    for task in tasks:
+        load([*SETTINGS, *folders(scratch), f"task={task}"]).build_task().prepare()
+
+
+def write_papers(folder):
+    """Writes papers of random words, in which each cites about six others."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    random = Random(0)
+    ids = [f"P{number}" for number in range(300)]
+    texts = [" ".join(random.choices(ids, k=random.randrange(1, 20))) for _ in ids]
+    links = {tuple(random.sample(ids, 2)) for _ in range(6 * len(ids))}
+    folder.mkdir(parents=True)
+    pq.write_table(pa.table({"id": ids, "text": texts}), folder / "papers.parquet")
+    rows = ["citing\tcited", *("\t".join(link) for link in sorted(links))]
+    (folder / "citations.tsv").write_text("\n".join(rows) + "\n")
+
+
+def folders(scratch):
+    """Returns the overrides that say where data is."""
+    return [f"data_dir={scratch / 'data'}", f"cache_dir={scratch / 'cache'}"]
+
+
+def kill_runs(attention, task, kills, seed, scratch):
+    """Kills runs of an attention on a task so many times in all, and prints what was done.
 
     Raises:
         Failure: If a run does not end as the uninterrupted one.
     """
-    random, killed = Random(f"{attention} {seed}"), Counter()
+    random, killed = Random(f"{attention} {task} {seed}"), Counter()
     runs = sessions = 0
     while killed.total() < kills:
         this = seed + runs
         runs += 1
-        settings = [*SETTINGS, f"attention={attention}", f"seed={this}"]
+        chosen = [f"attention={attention}", f"task={task}", f"seed={this}"]
+        settings = [*SETTINGS, *folders(scratch), *chosen]
         earlier, steps = killed.total(), 0
         try:
             whole = session(settings, scratch, "whole")
@@ -140,13 +173,14 @@ def kill_runs(attention, kills, seed, scratch):
             wait(*start(lambda: compare(scratch), scratch))
         except Failure as failure:
             here = killed.total() - earlier
-            raise Failure(f"{attention} with seed {this}, killed {here} times: {failure}") from None
+            which = f"{attention} on {task} with seed {this}, killed {here} times"
+            raise Failure(f"{which}: {failure}") from None
         for name in ("whole", "killed"):
             shutil.rmtree(scratch / name)
     phases = ", ".join(f"{killed[phase]} {phase}" for phase in SHARES)
     print(
-        f"{attention}: {killed.total()} kills ({phases}) of {runs} runs in {sessions} sessions; "
-        "every end is the same bit by bit",
+        f"{attention} on {task}: {killed.total()} kills ({phases}) of {runs} runs in {sessions} "
+        "sessions; every end is the same bit by bit",
         flush=True,
     )
 
@@ -162,7 +196,7 @@ def choose(random, killed, whole):
 
 def session(settings, scratch, name, aim=None):
     """Trains in a process of its own until the end or the kill."""
-    settings = [*settings, f"cache_dir={scratch / 'cache'}", f"runs_dir={scratch / name}"]
+    settings = [*settings, f"runs_dir={scratch / name}"]
     reading, writing = os.pipe()
     pid, log = start(lambda: train(settings, writing), scratch)
     os.close(writing)

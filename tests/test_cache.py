@@ -202,7 +202,7 @@ def test_data_is_built_once_and_then_opened(task, tmp_path):
     assert builds(task) == 1
     assert again.manifest == first.manifest
     assert_same(again.splits, first.splits)
-    assert task.state(hashes=True) == ("found", str(task.folder))
+    assert task.state(hashes="all") == ("found", str(task.folder))
 
 
 def test_what_is_opened_is_what_was_built(task):
@@ -369,6 +369,17 @@ def cut(name):
     return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-1])
 
 
+def rewrite(change):
+    """Changes something in the manifest."""
+
+    def damage(folder):
+        manifest = json.loads((folder / "manifest.json").read_text())
+        change(manifest)
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+
+    return damage
+
+
 @pytest.mark.parametrize(
     ("damage", "named"),
     [
@@ -394,6 +405,13 @@ def cut(name):
             "manifest.json",
             id="files without sizes",
         ),
+        pytest.param(rewrite(lambda m: m.update(sources=[])), "manifest.json", id="sources"),
+        pytest.param(rewrite(lambda m: m.pop("baselines")), "manifest.json", id="no baselines"),
+        pytest.param(rewrite(lambda m: m.update(hash="0" * 16)), "manifest.json", id="other hash"),
+        pytest.param(
+            rewrite(lambda m: m["splits"].update(val=1)), "manifest.json", id="a split of numbers"
+        ),
+        pytest.param(overwrite("manifest.json", b"[" * 100_000), "manifest.json", id="too deep"),
     ],
 )
 def test_damaged_data_is_rebuilt_with_one_line_that_says_why(task, capsys, damage, named):
@@ -411,7 +429,7 @@ def test_damaged_data_is_rebuilt_with_one_line_that_says_why(task, capsys, damag
     assert builds(task) == 2
     assert again.manifest == manifest
     assert_same(again.splits, whole(task))
-    assert task.state(hashes=True)[0] == "found"
+    assert task.state(hashes="all")[0] == "found"
 
 
 class Sourced(Tiny):
@@ -436,7 +454,7 @@ def test_data_stays_where_its_source_can_no_longer_be_read(tmp_path):
     with pytest.raises(ValueError, match=r"a\.tsv is broken"):
         make(tmp_path, Broken).prepare()
     source.write_text("1")
-    assert task.state(hashes=True)[0] == "found"
+    assert task.state(hashes="all")[0] == "found"
     assert_same(task.prepare().splits, expected.splits)
     assert builds(task) == 1
 
@@ -506,9 +524,29 @@ def test_a_changed_byte_is_noticed_where_hashes_are_compared(task):
     content = bytearray(path.read_bytes())
     content[-20] ^= 1
     path.write_bytes(content)
-    state, reason = task.state(hashes=True)
+    state, reason = task.state(hashes="all")
     assert state == "damaged"
     assert str(path) in reason
+
+
+@pytest.mark.parametrize(
+    ("place", "hashes"),
+    [
+        pytest.param(-20, "splits", id="a label"),
+        pytest.param(None, "none", id="all of it, so that it cannot be opened"),
+    ],
+)
+def test_contents_that_have_changed_are_made_again(task, capsys, place, hashes):
+    task.prepare()
+    path = task.folder / "test.arrow"
+    content = bytearray(path.read_bytes())
+    for index in range(len(content)) if place is None else [place]:
+        content[index] ^= 1
+    path.write_bytes(content)
+    again = task.prepare(hashes)
+    [line] = capsys.readouterr().err.splitlines()
+    assert str(path) in line
+    assert_same(again.splits, whole(task))
 
 
 # Builds that fail
@@ -566,7 +604,7 @@ def test_a_killed_build_leaves_nothing_taken_for_data_and_the_next_call_builds(
     assert len(task.prepare().splits["val"]) == 3
     assert left(task) == [task.folder.name]
     assert builds(task) == 2
-    assert task.state(hashes=True)[0] == "found"
+    assert task.state(hashes="all")[0] == "found"
 
 
 def test_four_processes_at_once_build_once_and_read_the_same(tmp_path):
@@ -602,7 +640,7 @@ def test_who_waits_for_a_build_that_is_killed_builds_itself(tmp_path):
     assert sorted(process.returncode for process, _, _ in ended) == [-signal.SIGKILL, 0]
     task = make(tmp_path)
     assert builds(task) == 2
-    assert task.state(hashes=True)[0] == "found"
+    assert task.state(hashes="all")[0] == "found"
     assert left(task) == [task.folder.name]
 
 

@@ -9,7 +9,7 @@ from test_report import DATA, TASK, named, run, sound
 
 from lra.record import Score, save_predictions
 from lra.report.compare import bootstrap, compare
-from lra.report.store import Run
+from lra.report.store import Run, predictions
 
 
 def saved(folder, right, **changes):
@@ -142,3 +142,24 @@ def test_missing_predictions_are_named(tmp_path):
     (tmp_path / "b" / "test_predictions.npy").unlink()
     with pytest.raises(ValueError, match=r"b.test_predictions.npy cannot be read"):
         bootstrap([("listops", runs[:1], runs[1:])])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"PK\x03\x04 no archive",
+        b"\x93NUMPY\x01\x00\x10\x00{'descr': (((((",
+        b"",
+        np.zeros((2, 5)).tobytes(),
+    ],
+)
+def test_damaged_predictions_are_named(tmp_path, content):
+    (tmp_path / "test_predictions.npy").write_bytes(content)
+    with pytest.raises(ValueError, match=r"test_predictions\.npy cannot be read"):
+        predictions(tmp_path)
+
+
+def test_predictions_of_numbers_are_refused(tmp_path):
+    np.save(tmp_path / "test_predictions.npy", np.zeros((2, 5)))
+    with pytest.raises(ValueError, match="it is of float64, not of bytes"):
+        predictions(tmp_path)

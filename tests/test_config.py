@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from lra.compose import conf_dir, load, load_attentions, load_sweep
 from lra.config import ModelConfig, TrainConfig
+from lra.plan import plan
 from lra.tasks import TASKS
 from lra.tasks.listops import ListOps
 from lra.typed import from_mapping
@@ -775,3 +776,26 @@ def test_plugins_that_are_no_list_of_modules_are_one_message(override):
     text = message(override)
     assert "plugins" in text
     assert "'n'" not in text  # no name is taken apart into letters
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("seed=range(0,1000000000000)", "more than 10,000 values"),
+        ("seed=shuffle(range(1000000000000))", "more than 10,000 values"),
+        ("train.lr=range(0,1,1e-300)", "more than 10,000 values"),
+        ("seed=range(0,5,0)", "range(0,5,0)"),
+        ("seed=" + "[" * 5000, "Cannot read"),
+        ("seed=${seed}", "seed"),
+        ("runs_dir=~nobody-of-this-name/runs", "~nobody-of-this-name"),
+        ("cache_dir=~nobody-of-this-name/runs", "~nobody-of-this-name"),
+    ],
+)
+def test_values_without_end_or_home_are_one_message(override, told):
+    with pytest.raises(ValueError, match=re.escape(told)):
+        plan([override])
+
+
+def test_more_runs_than_anybody_wants_are_refused_before_they_are_composed():
+    with pytest.raises(ValueError, match="make 1,000,000 runs; at most 10,000"):
+        load_sweep(["seed=range(1000)", "model.dim=range(1000)"])

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import json
 import math
 from pathlib import Path
 
@@ -350,4 +351,38 @@ def test_a_damaged_line_is_named(tmp_path):
     ],
 )
 def test_a_result_holds_under_limits_that_are_not_wider(status, memory_gb, seconds, holds):
-    assert made("softmax", 1024, status=status).holds(memory_gb, seconds) is holds
+    measured = made("softmax", 1024, 1.0 if status == "ok" else None, status=status)
+    assert measured.holds(memory_gb, seconds) is holds
+
+
+def put(change):
+    """Returns a line of the file of cells in which something is another thing."""
+    values = dataclasses.asdict(generation("softmax", [0.1, 0.1], [100, 200]))
+    change(values)
+    return json.dumps(values).encode()
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        (b"[]", "no JSON object"),
+        (b"\xff{}", "its byte 0 is not UTF-8"),
+        (b"[" * 100_000, "nested more than"),
+        (put(lambda v: v["figures"]["step"].update(median=0.0)), "figures.step: times must be"),
+        (put(lambda v: v["figures"]["step"].update(low=math.nan)), "figures.step: times must be"),
+        (put(lambda v: v["figures"]["decoding"].update(seconds=[])), "lists must be of one length"),
+        (put(lambda v: v["figures"].update(decoding=None)), "mode=decode"),
+        (put(lambda v: v["figures"].update(flops=-1)), "numbers must be finite"),
+        (put(lambda v: v.update(figures=None)), "a cell has figures if it is ok"),
+        (put(lambda v: v["cell"].update(length=0)), "length must be at least 1"),
+        (put(lambda v: v["cell"]["conditions"]["model"].pop("dim")), "model.dim is not set"),
+        (put(lambda v: v["cell"]["conditions"].update(device={})), "device.name is not set"),
+    ],
+)
+def test_a_line_that_tables_cannot_be_made_of_is_named(tmp_path, line, told):
+    path = tmp_path / "cells.jsonl"
+    cells.append(path, made("softmax", 1024, 1.0))
+    path.write_bytes(path.read_bytes() + line + b"\n")
+    with pytest.raises(ValueError, match=r"cells\.jsonl, line 2: .*Delete the line") as error:
+        cells.load(path)
+    assert told in str(error.value)

@@ -17,7 +17,9 @@ from lra.files import (
     canonical_json,
     file_hash,
     locked,
+    parsed,
     short_hash,
+    user_path,
     write_atomically,
     write_text,
 )
@@ -234,3 +236,29 @@ def test_a_files_hash_is_the_sha256_of_its_content(tmp_path):
     content = bytes(range(256)) * 10_000
     path.write_bytes(content)
     assert file_hash(path) == hashlib.sha256(content).hexdigest()
+
+
+# JSON of others
+
+
+@pytest.mark.parametrize("depth", [60, 400, 100_000])
+def test_json_that_is_nested_too_deeply_is_refused_and_no_crash(depth):
+    with pytest.raises(ValueError, match="nested more than"):
+        parsed("[" * depth + "]" * depth)
+
+
+def test_json_is_read_as_json():
+    assert parsed('{"a": [1, {"b": null}]}') == {"a": [1, {"b": None}]}
+    with pytest.raises(ValueError, match="Expecting"):
+        parsed("{")
+
+
+def test_a_home_folder_of_nobody_is_refused_by_its_name():
+    assert user_path("~/a") == Path.home() / "a"
+    with pytest.raises(ValueError, match="~nobody-of-this-name/a"):
+        user_path("~nobody-of-this-name/a")
+
+
+def test_a_name_that_is_no_text_is_written_as_escapes(tmp_path):
+    write_text(tmp_path / "file", "caf\udce9")
+    assert (tmp_path / "file").read_bytes() == b"caf\\udce9"

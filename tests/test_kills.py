@@ -11,8 +11,9 @@ ATTENTIONS = ("softmax", "cosformer", "rfa")
 
 def test_runs_killed_ten_times_in_all_phases_end_as_if_nothing_had_happened(environment, tmp_path):
     # A process of its own: the one of the tests has threads, and is not to be forked.
+    script = [sys.executable, ROOT / "tests" / "kills.py", "--kills", "10", "--task", "citations"]
     done = subprocess.run(
-        [sys.executable, ROOT / "tests" / "kills.py", "--kills", "10", "--attention", *ATTENTIONS],
+        [*script, "--attention", *ATTENTIONS],
         env=environment | {"TMPDIR": str(tmp_path)},
         capture_output=True,
         text=True,
@@ -20,8 +21,8 @@ def test_runs_killed_ten_times_in_all_phases_end_as_if_nothing_had_happened(envi
     )
     assert done.returncode == 0, done.stderr
     lines = re.findall(
-        r"(\w+): (\d+) kills \((\d+) training, (\d+) evaluation, (\d+) checkpoint writing, \d+ "
-        r"other\) .* every end is the same bit by bit",
+        r"(\w+) on citations: (\d+) kills \((\d+) training, (\d+) evaluation, (\d+) checkpoint "
+        r"writing, \d+ other\) .* every end is the same bit by bit",
         done.stdout,
     )
     assert [(name, kills) for name, kills, *_ in lines] == [

@@ -293,8 +293,8 @@ def state(model):
         train_loss=1.5,
         train_correct=2.0,
         train_seen=3,
-        last={"accuracy": 0.5, "step": 10},
-        best={"accuracy": 0.75, "step": 5},
+        last=dataclasses.asdict(Score.of(5, 10, 1.0, 10)),
+        best=dataclasses.asdict(Score.of(7, 10, 1.0, 5)),
         best_model={name: value + 1 for name, value in model.state_dict().items()},
         seconds={"train": 1.0, "evaluate": 2.0, "other": 3.0},
         timed=Timed(1, 2, 3, 4.0),
@@ -494,3 +494,76 @@ def test_a_checkpoint_without_its_parts_is_refused_with_its_path_and_what_to_do(
 ):
     torch.save(content, tmp_path / "whole.pt")
     assert outcome(tmp_path, (tmp_path / "whole.pt").read_bytes(), trained[0]) == "refused"
+
+
+# Records of others
+
+
+def edited(change):
+    values = dataclasses.asdict(finished())
+    values["task"] |= {
+        "data_hash": "d" * 16,
+        "splits": {"test": {"examples": 100, "tokens": 200, "longest": 3, "classes": [50, 50]}},
+        "baselines": {"majority class": 0.5},
+    }
+    values["config"] = {"train": {"steps": 20, "lr": 0.1}}
+    change(values)
+    return values
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda v: v["task"].pop("name"), "task.name is not set"),
+        (lambda v: v["task"].update(version="1"), "task.version must be int"),
+        (lambda v: v["task"].update(baselines={"majority class": None}), "task.baselines.majority"),
+        (lambda v: v["task"]["splits"]["test"].pop("longest"), "task.splits.test.longest"),
+        (lambda v: v["attention"].pop("non_default"), "attention.non_default is not set"),
+        (lambda v: v["config"].update(train=[]), "config.train must be"),
+        (lambda v: v["config"]["train"].update(steps="20"), "config.train.steps must be int"),
+        (lambda v: v["device"].update(threads=-1), "device.threads is -1"),
+        (lambda v: v.update(versions={}), "versions.torch is not set"),
+        (lambda v: v.update(commit={"commit": None, "dirty": None}), "commit.commit must be str"),
+        (lambda v: v.update(modified={"train.lr": 1}), "modified.train.lr must be"),
+        (lambda v: v.update(modified={"train.steps": [1, "2"]}), "modified.train.steps must be"),
+        (lambda v: v.update(tuning={"name": "lr"}), "tuning.trials is not set"),
+        (lambda v: v["test"].update(accuracy=float("nan")), "test.accuracy is nan"),
+        (lambda v: v["test"].update(high=1.5), "test has an accuracy"),
+        (lambda v: v.update(train_seconds=float("inf")), "train_seconds is inf"),
+        (lambda v: v.update(peak_memory_bytes=10**30), "peak_memory_bytes is 1000000"),
+        (lambda v: v["throughput"].update(steps_per_second=-1), "throughput.steps_per_second is"),
+    ],
+)
+def test_a_record_that_nothing_can_be_made_of_is_refused_by_its_key(tmp_path, change, told):
+    (tmp_path / "record.json").write_text(json.dumps(edited(change)))
+    with pytest.raises(ValueError, match="is no record") as error:
+        record.load(tmp_path)
+    assert told in str(error.value)
+    assert str(tmp_path / "record.json") in str(error.value)
+
+
+def test_a_record_may_tell_more_than_is_asked_for(tmp_path):
+    more = edited(lambda values: values["task"].update(told_by="a later version"))
+    (tmp_path / "record.json").write_text(json.dumps(more))
+    assert record.load(tmp_path).task["told_by"] == "a later version"
+
+
+def test_a_record_nested_too_deeply_is_refused_and_no_crash(tmp_path):
+    (tmp_path / "record.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="is no record: it is nested"):
+        record.load(tmp_path)
+
+
+def test_metrics_that_are_no_numbers_are_left_out(tmp_path):
+    good = {"step": 1, "seconds": 0.5, "val_accuracy": 0.25}
+    others = [
+        *({**good, key: value} for key in good for value in ("1", None, [], float("nan"), 10**400)),
+        [good],
+        7,
+    ]
+    lines = [*map(json.dumps, others), json.dumps(good), "[" * 100_000, '{"step": 5']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    kept = record.load_metrics(tmp_path)
+    assert good in kept
+    assert all(isinstance(line["step"], int) for line in kept)
+    assert all(0 <= line["val_accuracy"] <= 1 for line in kept)

@@ -211,7 +211,7 @@ def test_a_crash_is_recorded_with_its_traceback_in_the_log(smoke, monkeypatch):
 
 
 def test_missing_data_is_a_failed_run_with_the_task_s_message(smoke, monkeypatch):
-    def missing(_):
+    def missing(task, **_):
         raise ValueError("there is no data in data/listops; put it there")
 
     monkeypatch.setattr(Task, "prepare", missing)

@@ -204,3 +204,15 @@ def test_signs_of_life_are_not_written_all_the_time(smoke, monkeypatch):
     monkeypatch.setattr(train, "save_progress", lambda *arguments: told.append(arguments))
     run(load(smoke()))
     assert len(told) == 1  # in all of a second
+
+
+def test_a_record_of_other_types_is_a_line_and_hides_no_other(folder):
+    save(folder)
+    values = json.loads((folder / "record.json").read_text())
+    values["config"]["train"]["steps"] = "400"
+    other = folder.with_name("s1-aaaaaaaa")
+    other.mkdir()
+    (other / "record.json").write_text(json.dumps(values))
+    table = status(folder.parents[3])
+    assert "s0-aaaaaaaa" in table
+    assert "config.train.steps must be int" in table

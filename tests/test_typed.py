@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lra.typed import from_mapping, near_matches, unknown
+from lra.typed import check_known, from_mapping, near_matches, unknown
 
 deterministic = settings(derandomize=True, deadline=None, max_examples=50)
 
@@ -321,3 +321,20 @@ def test_one_wrong_field_among_right_ones_is_the_only_one_complained_of(name, va
 )
 def test_a_dataclass_taken_apart_is_put_together_again(instance):
     assert from_mapping(Outer, asdict(instance), "") == instance
+
+
+@dataclass
+class Counts:
+    by_name: dict[str, int]
+
+
+def test_the_values_of_a_dict_are_of_its_type():
+    assert from_mapping(Counts, {"by_name": {"a": 1}}, "") == Counts({"a": 1})
+    with pytest.raises(ValueError, match=r"^counts.by_name.b must be int, not str 'x'\.$"):
+        from_mapping(Counts, {"by_name": {"a": 1, "b": "x"}}, "counts")
+
+
+def test_keys_that_nobody_asks_for_are_left_alone_where_only_known_ones_are_checked():
+    check_known(Counts, {"by_name": {}, "other": 1}, "")
+    with pytest.raises(ValueError, match="by_name is not set"):
+        check_known(Counts, {"other": 1}, "")

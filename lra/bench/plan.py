@@ -12,6 +12,7 @@ from lra import measure
 from lra.cells import Cell, Conditions, Mode
 from lra.compose import load_attentions, load_section
 from lra.config import ModelConfig, require
+from lra.files import user_path
 from lra.typed import from_mapping
 from models.attention import ATTENTIONS, capabilities
 from models.encoder import EncoderShape
@@ -118,7 +119,7 @@ def plan(overrides: Sequence[str], plugins: list[str]) -> Plan:
         for mode in config.mode
         for length in config.lengths
     ]
-    path = Path(config.out).expanduser() / f"efficiency-{device.type}-{precision}.jsonl"
+    path = user_path(config.out) / f"efficiency-{device.type}-{precision}.jsonl"
     return Plan(config, cells, device, plugins, path)
 
 

@@ -45,8 +45,8 @@ def write(path: Path) -> None:
         print(f"{path} has no cell yet.")
         return
     panels = panels_of(store)
-    device, precision = path.stem.split("-")[1:3]
-    title = f"# Speed and memory by length: {device}, {precision}"
+    device, precision, *_ = [*path.stem.split("-")[1:], "", ""]
+    title = f"# Speed and memory by length: {', '.join(filter(None, [device, precision]))}"
     figures: dict[str, str] = {}
     sections, tex = [title], []
     for panel in panels:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
 
-from matplotlib import colormaps
+from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -25,6 +25,11 @@ def draw(path: Path, panels: Sequence[Panel], title: str) -> None:
 
     Of generation: time a token and memory of the state by position, of the longest generation.
     """
+    with rc_context({"text.parse_math": False}):  # a name with two dollar signs is no formula
+        _draw(path, panels, title)
+
+
+def _draw(path: Path, panels: Sequence[Panel], title: str) -> None:
     names = list(dict.fromkeys(name for panel in panels for name in panel.rows))
     styles = {name: _style(i, name) for i, name in enumerate(sorted(names, key=_softmax_first))}
     decoding = panels[0].mode == "decode"

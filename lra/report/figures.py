@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.figure import Figure
@@ -45,11 +46,12 @@ def write(board: Board, out: Path) -> list[Path]:
     """
     paths = []
     for name, draw in (("curves", curves), ("seeds", seeds), ("tradeoff", tradeoff)):
-        figure = draw(board)
         path = out / f"{name}-{board.protocol}.png"
-        if figure is not None:
-            _save(figure, path)
-            paths.append(path)
+        with rc_context({"text.parse_math": False}):  # a name with two dollar signs is no formula
+            figure = draw(board)
+            if figure is not None:
+                _save(figure, path)
+                paths.append(path)
     return paths
 
 

@@ -61,14 +61,9 @@ def check(loaded: Record, folder: Path) -> None:
     tested = loaded.test is not None or loaded.trial_of is not None
     if loaded.status == "ok" and not (tested and loaded.validation is not None):
         raise ValueError(f"{path} is of a finished run and has no score: was it edited?")
-    try:
-        identity = loaded.identity_hash()
-    except KeyError as error:
-        raise ValueError(f"{path} has no {error}: was it edited?") from None
-    if identity != loaded.hash:
-        raise ValueError(
-            f"{path} has the hash {loaded.hash}, but its settings have {identity}: was it edited?"
-        )
+    loaded.check_identity(path)
+    if loaded.test is not None and "majority class" not in loaded.task.get("baselines", {}):
+        raise ValueError(f"{path} is of a tested run and has no majority class: was it edited?")
     if loaded.test is not None and (folder / "test_predictions.npy").is_file():
         predicted, labels = predictions(folder)
         right = float((predicted == labels).mean()) if len(labels) else 0.0
@@ -87,11 +82,15 @@ def predictions(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """
     path = folder / "test_predictions.npy"
     try:
-        pair = np.load(path, allow_pickle=False)
-        if pair.ndim != 2 or len(pair) != 2:
-            raise ValueError(f"its shape is {pair.shape}, not (2, n)")
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"{path} cannot be read: {error}.") from None
+        with path.open("rb") as file:
+            pair = np.load(file, allow_pickle=False)
+        if not isinstance(pair, np.ndarray) or pair.ndim != 2 or len(pair) != 2:
+            raise ValueError("it is no array of shape (2, n)")
+        if pair.dtype != np.uint8:
+            raise ValueError(f"it is of {pair.dtype}, not of bytes")
+    except Exception as error:  # a damaged header can raise anything
+        told = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
+        raise ValueError(f"{path} cannot be read: {told}.") from None
     return pair[0], pair[1]
 
 

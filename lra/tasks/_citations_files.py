@@ -86,6 +86,8 @@ def _check_columns(schema: Any) -> None:
         if name not in schema.names:
             there = ", ".join(map(repr, schema.names)) or "none"
             raise ValueError(f"there is no column {name!r}; the columns are {there}")
+        if schema.names.count(name) > 1:
+            raise ValueError(f"there is more than one column {name!r}")
         kind = schema.field(name).type
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
             raise ValueError(f"the column {name!r} is of type {kind}, not string")

@@ -198,8 +198,9 @@ def read_images(
                     raise ValueError(
                         f"{path} does not exist, but is listed in {listed.where(index)}. {_AGAIN}"
                     ) from None
-                except ValueError as error:
-                    raise ValueError(f"{path}: {error}. {_AGAIN}") from None
+                except (OSError, ValueError) as error:
+                    reason = error.strerror if isinstance(error, OSError) else error
+                    raise ValueError(f"{path}: {reason}. {_AGAIN}") from None
                 bar.update()
             yield pixels[found], listed.labels[piece][found]
     if empty:
@@ -221,6 +222,6 @@ def _decode(content: bytes, window: int) -> np.ndarray:
     try:
         pixels = Image.open(io.BytesIO(content), formats=["PNG"]).tobytes()
         Image.open(io.BytesIO(content), formats=["PNG"]).verify()  # check sums, only now
-    except (OSError, SyntaxError) as error:  # what Pillow raises where a chunk is damaged
+    except Exception as error:  # Pillow's, of many kinds, where a chunk is damaged
         raise ValueError(f"the image is damaged: {excerpt(str(error))}") from None
     return np.frombuffer(pixels, np.uint8).reshape(window, window)

@@ -14,9 +14,13 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from lra.files import canonical_json, file_hash, locked, short_hash, write_text
+from lra.files import canonical_json, file_hash, locked, parsed, short_hash, write_text
+from lra.typed import check_known
 
 SPLITS = ("train", "val", "test")
+
+Hashes = Literal["none", "splits", "all"]
+"""What is compared with its hash: nothing, prepared splits, or their source files too."""
 
 
 @dataclass(frozen=True)
@@ -179,14 +183,14 @@ class Task(abc.ABC):
         """Where a build may leave finished work, for the next one to go on from."""
         return self.folder.with_name(self.folder.name + ".parts")
 
-    def prepare(self, hashes: bool = False) -> Prepared:
+    def prepare(self, hashes: Hashes = "none") -> Prepared:
         """Opens the prepared splits, building them first where they are missing or damaged.
 
         Safe when several processes call it at once: one builds, the others wait for it. A build
         that dies leaves nothing that would be taken for data.
 
         Args:
-            hashes: Look for damage in contents too, not only in sizes.
+            hashes: Where to look for damage in contents too, not only in sizes.
 
         Raises:
             ValueError: If the source is missing or broken, or the disk is full.
@@ -195,16 +199,36 @@ class Task(abc.ABC):
             self._ensure(hashes)
             with contextlib.suppress(FileNotFoundError):
                 manifest = self.manifest()
-                splits = _open(self.folder)
+                try:
+                    splits = _open(self.folder)
+                except Exception:  # whatever another package says of a damaged file
+                    if hashes != "none":
+                        raise
+                    hashes = "splits"
+                    continue
                 if manifest == self.manifest():
                     return Prepared(splits, manifest)
             # Another process has just made them anew, from another source.
 
     def manifest(self) -> dict[str, Any]:
-        """Returns what is written beside prepared splits, which must be there."""
-        return json.loads((self.folder / "manifest.json").read_text())
+        """Returns what is written beside prepared splits, which must be there.
 
-    def _ensure(self, hashes: bool) -> None:
+        Raises:
+            ValueError: If it is damaged.
+            OSError: If it cannot be read.
+        """
+        manifest = parsed((self.folder / "manifest.json").read_bytes())
+        if not isinstance(manifest, dict):
+            raise ValueError("it is no JSON object")
+        check_known(_Manifest, manifest, "")
+        files = manifest["files"]
+        if files.keys() != {f"{name}.arrow" for name in SPLITS}:
+            raise ValueError("it has other files than one for each split")
+        if manifest["hash"] != _hash_of(files):
+            raise ValueError("its hash is not that of its files")
+        return manifest
+
+    def _ensure(self, hashes: Hashes) -> None:
         """Builds the prepared splits unless they are there and whole."""
         state, reason = self.state(hashes)
         if state == "found":
@@ -220,11 +244,11 @@ class Task(abc.ABC):
             if state != "found":
                 self._build_folder()
 
-    def state(self, hashes: bool = False) -> tuple[Literal["found", "missing", "damaged"], str]:
+    def state(self, hashes: Hashes = "none") -> tuple[Literal["found", "missing", "damaged"], str]:
         """Tells whether prepared splits are there and whole.
 
         Args:
-            hashes: Compare contents too, not only sizes.
+            hashes: Whose contents are compared too, not only their sizes.
 
         Returns:
             The state, and the reason for it.
@@ -238,22 +262,21 @@ class Task(abc.ABC):
                 (self.folder / f"{name}.arrow", manifest["files"][f"{name}.arrow"])
                 for name in SPLITS
             ]
-            _ = manifest["source"], manifest["hash"]
             known, sources = manifest["sources"], self.source_files()
             if known and sources and known.keys() != sources.keys():
                 other = sorted(known.keys() ^ sources.keys())
                 more = f" and {len(other) - 3:,} more" if len(other) > 3 else ""
                 return "damaged", f"its source files have changed: {', '.join(other[:3])}{more}"
             # None are known of data that came from elsewhere than files.
-            expected += [(file, known[name]) for name, file in sources.items() if known]
-            expected = [(file, its["bytes"], its["sha256"]) for file, its in expected]
-        except (OSError, ValueError, KeyError, TypeError):
+            of_sources = [(file, known[name]) for name, file in sources.items() if known]
+        except (OSError, ValueError):
             return "damaged", f"{path} cannot be read, or lacks something"
-        for file, size, sha256 in expected:
+        compared = {"none": [], "splits": expected, "all": expected + of_sources}[hashes]
+        for file, its in expected + of_sources:
             found = file.stat().st_size if file.is_file() else -1
-            if found != size:
-                return "damaged", f"{file} has {found} bytes, not {size}"
-            if hashes and file_hash(file) != sha256:
+            if found != its["bytes"]:
+                return "damaged", f"{file} has {found} bytes, not {its['bytes']}"
+            if (file, its) in compared and file_hash(file) != its["sha256"]:
                 return "damaged", f"{file} has not the content that it had then"
         return "found", str(self.folder)
 
@@ -338,8 +361,43 @@ class Task(abc.ABC):
             "source": built.source,
             "files": files,
             "sources": {name: _size_and_hash(file) for name, file in self.source_files().items()},
-            "hash": short_hash({name: file["sha256"] for name, file in files.items()}, 16),
+            "hash": _hash_of(files),
         }
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file in a manifest."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class _Size:
+    """A split's numbers in a manifest."""
+
+    examples: int
+    tokens: int
+    longest: int
+    classes: list[int]
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    """What a manifest must have."""
+
+    splits: dict[str, _Size]
+    baselines: dict[str, float]
+    source: str
+    files: dict[str, _File]
+    sources: dict[str, _File]
+    hash: str
+
+
+def _hash_of(files: Mapping[str, Mapping[str, Any]]) -> str:
+    """Returns the hash that names prepared data, from those of its files."""
+    return short_hash({name: file["sha256"] for name, file in files.items()}, 16)
 
 
 def _size_and_hash(file: Path) -> dict[str, Any]:

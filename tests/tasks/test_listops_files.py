@@ -410,7 +410,7 @@ def test_other_files_of_the_same_size_are_noticed_where_contents_are_compared(ta
     task.prepare()
     path = put(task.data_dir / "listops", val=content([*ROWS[:2], ROWS[2][:-1] + "4"]))
     assert task.state()[0] == "found"
-    state, reason = task.state(hashes=True)
+    state, reason = task.state(hashes="all")
     assert (state, reason) == (
         "damaged",
         f"{path / 'basic_val.tsv'} has not the content that it had then",
@@ -491,7 +491,7 @@ def data(tmp_path, capsys):
 def test_lra_data_prepares_the_official_files(task, data):
     code, captured = data()
     assert (code, captured.out) == (0, f"listops: ready in {task.folder}\n")
-    assert task.state(hashes=True)[0] == "found"
+    assert task.state(hashes="all")[0] == "found"
 
 
 def test_lra_data_tells_a_bad_row_in_one_line(task, data):

@@ -464,6 +464,14 @@ def read(tmp_path_factory):
     return read_content
 
 
+def test_a_folder_in_the_place_of_an_image_is_told_by_name(tmp_path, folder):
+    path = folder / "imgs" / "1" / "sample_7.png"
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: Is a directory\\."):
+        make(tmp_path).prepare()
+
+
 def test_a_missing_image_is_told_with_the_line_that_lists_it(tmp_path, folder):
     path = folder / "imgs" / "1" / "sample_7.png"
     path.unlink()
@@ -506,7 +514,7 @@ def test_to_open_prepared_data_no_image_is_looked_at(task, folder):
     task.prepare()
     assert set(task.source_files()) == {"0.npy", "1.npy", "2.npy"}
     shutil.rmtree(folder / "imgs" / "0")
-    assert task.state(hashes=True)[0] == "found"
+    assert task.state(hashes="all")[0] == "found"
 
 
 # The command line

@@ -452,7 +452,7 @@ def test_without_local_files_those_of_the_hub_are_read_at_the_known_commit(tmp_p
     ]
     assert texts(prepared.splits["val"]) == PAIRS
     assert prepared.manifest["source"] == f"OpenNLPLab/lra at {HUB_REVISION}"
-    assert task.state(hashes=True)[0] == "found"
+    assert task.state(hashes="all")[0] == "found"
 
 
 def test_data_of_the_hub_and_of_local_files_are_the_same(task, tmp_path, hub):
