@@ -18,13 +18,15 @@ from typing import Any
 
 from lra import checkpoint, divergence, measure, ranks, record
 from lra.batches import Batches
+from lra.build import autocast, build_model
 from lra.config import RunConfig
+from lra.evaluate import evaluate
 from lra.files import Busy, canonical_json, locked, short_hash
 from lra.plugins import import_plugins
 from lra.record import Record, Score
 from lra.signals import StopSignals
 from lra.text import shareable
-from lra.train import Stopped, Trainer, autocast, build_model, evaluate, tested
+from lra.train import Stopped, Trainer, tested
 from lra.typed import from_mapping
 
 LOG = logging.getLogger("lra")

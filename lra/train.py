@@ -7,15 +7,13 @@ run resumed from any checkpoint ends exactly as the uninterrupted one.
 import copy
 import logging
 import math
-import os
-import shutil
 import sys
 import threading
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -25,8 +23,10 @@ from tqdm import tqdm
 
 from lra import checkpoint, divergence, measure, ranks
 from lra.batches import Batches, evaluation_tokens, resolve_micro_batches
+from lra.build import autocast, build_model, compiled, count_parameters
 from lra.checkpoint import Metrics, State, Timed
-from lra.config import ModelConfig, RunConfig, TrainConfig
+from lra.config import RunConfig, TrainConfig
+from lra.evaluate import evaluate
 from lra.files import disk_is_full
 from lra.record import (
     Progress,
@@ -38,10 +38,10 @@ from lra.record import (
     save_progress,
 )
 from lra.schedules import beta1, learning_rate
-from lra.tasks.base import Prepared, Task
+from lra.tasks.base import Prepared
 from lra.track import Tracker
 from models.classifier import Classifier
-from models.encoder import EncoderShape, resample
+from models.encoder import resample
 
 LOG = logging.getLogger("lra")
 
@@ -508,143 +508,6 @@ class Trainer:
             before.tokens + timed.tokens,
             before.seconds + timed.seconds,
         )
-
-
-def evaluate(
-    model: Classifier,
-    data: Batches,
-    precision: torch.autocast,
-    step: int,
-    check: Callable[[], None] = lambda: None,
-) -> tuple[Score, np.ndarray]:
-    """Scores every example of a split, in smaller batches where memory runs out.
-
-    Of several processes, each scores its share.
-
-    Args:
-        model: The model, with the weights of ``step``.
-        data: The split; it keeps the size of batch that fits.
-        precision: The context to compute in.
-        step: The optimiser step to write into the score.
-        check: Called before every batch; may raise to stop.
-
-    Returns:
-        The score, and the predicted classes in the split's order.
-    """
-    with ranks.together():
-        predictions, loss = _predicted(model, data, precision, check)
-    # Each example is scored by one process; in the others its prediction is 0.
-    ranks.sum_(predictions)
-    ranks.sum_(loss)
-    correct = int((predictions == data.labels).sum())
-    score = Score.of(correct, len(data), float(loss) / len(data), step)
-    return score, predictions.cpu().numpy()
-
-
-def _predicted(
-    model: Classifier, data: Batches, precision: torch.autocast, check: Callable[[], None]
-) -> tuple[Tensor, Tensor]:
-    """Returns predicted classes and the summed loss, whatever size of batch that takes."""
-    while True:
-        try:
-            return _predict(model, data, precision, check)
-        except Exception as error:
-            if not (measure.out_of_memory(error) and data.shrink()):
-                raise
-        torch.cuda.empty_cache()  # not before the error and what it holds is gone
-        told = "Out of memory: it is evaluated again, in batches of %d tokens, as are the others"
-        LOG.warning(told, data.evaluation_tokens)
-
-
-@torch.no_grad()
-def _predict(
-    model: Classifier, data: Batches, precision: torch.autocast, check: Callable[[], None]
-) -> tuple[Tensor, Tensor]:
-    model.eval()
-    device = data.labels.device
-    predictions = torch.zeros(len(data), dtype=torch.long, device=device)
-    loss = torch.zeros((), dtype=torch.float64, device=device)
-    for batch in data.evaluation():
-        check()
-        with precision:
-            logits = model(batch.tokens, batch.key_mask).float()
-        predictions[batch.indices] = logits.argmax(-1)
-        loss += F.cross_entropy(logits, batch.labels, reduction="sum")
-    return predictions, loss
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Returns the context that computes in ``precision``, fp32 or bf16."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-
-
-def build_model(config: RunConfig, task: Task, attention: str | None = None) -> Classifier:
-    """Builds the run's model; with ``attention``, the same with that mechanism's defaults."""
-    options: dict[str, Any] = {} if attention else config.attention_options
-    model = build_classifier(
-        config.model,
-        attention or config.attention["name"],
-        options,
-        num_classes=task.num_classes,
-        dual=task.dual,
-    )
-    model.encoder.checkpointing = config.activation_checkpointing
-    return model
-
-
-def compiled(model: nn.Module, device: torch.device) -> None:
-    """Makes a model's calls go through torch.compile, for batches of any size.
-
-    Raises:
-        ValueError: If there is no C++ compiler where one is needed.
-    """
-    compiler = os.environ.get("CXX", "g++")
-    if device.type == "cpu" and shutil.which(compiler) is None:
-        raise ValueError(
-            f"compile=true needs a C++ compiler on CPU, and there is no {compiler}: install one, "
-            f"name another in the environment variable CXX, or pass compile=false."
-        )
-    torch._inductor.config.fallback_random = True  # the draws of the model as it is
-    torch._logging.set_logs(dynamo=logging.ERROR)  # no word of graphs that end at dropout's draws
-    model.compile(dynamic=True)
-
-
-def build_classifier(
-    model: ModelConfig, attention: str, options: dict[str, Any], *, num_classes: int, dual: bool
-) -> Classifier:
-    """Builds the model of a configuration's model section."""
-    shape = EncoderShape(
-        layers=model.layers,
-        dim=model.dim,
-        heads=model.heads,
-        head_dim=model.head_dim,
-        ffn_dim=model.ffn_dim,
-        vocab_size=model.vocab_size,
-        max_len=model.max_len,
-        dropout=model.dropout,
-        attention_dropout=model.attention_dropout,
-        positions=model.positions,
-        cls=model.pooling == "cls",
-        projection_bias=model.projection_bias,
-        norm_eps=model.norm_eps,
-        init=model.init,
-    )
-    return Classifier(
-        shape,
-        attention,
-        options,
-        num_classes=num_classes,
-        head_dims=model.classifier_dims,
-        pooling=model.pooling,
-        zero_is_padding=model.zero_is_padding,
-        dual=dual,
-        nli_features=model.nli_features,
-    )
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Returns the number of trainable parameters."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def step_seed(seed: int, step: int, process: int = 0) -> int:

@@ -20,10 +20,10 @@ from lra.bench.floor import classifier_floor, decoding_floor
 from lra.bench.limits import default_memory_gb, limit_own_memory, watch
 from lra.bench.plan import plan
 from lra.bench.run import PROCESSES, bench
+from lra.build import build_classifier
 from lra.cli import main
 from lra.config import ModelConfig
 from lra.measure import failure
-from lra.train import build_classifier
 from models.attention import ATTENTIONS, capabilities
 from models.decoder import Decoder
 from models.encoder import EncoderShape

@@ -19,6 +19,7 @@ from test_train import trainer, weights
 from lra import checkpoint, record, train
 from lra.batches import Batches
 from lra.compose import load
+from lra.evaluate import evaluate
 from lra.run import evaluate_again, run
 from lra.train import Trainer
 from models.classifier import Classifier
@@ -318,9 +319,9 @@ def test_an_evaluation_that_runs_out_of_memory_scores_every_example_once(
     trained = trainer(smoke(), tmp_path / "run")
     data = trained.data["val"]
     arguments = (trained.model, data, trained.autocast, 0)
-    score, predictions = train.evaluate(*arguments)
+    score, predictions = evaluate(*arguments)
     monkeypatch.setattr(Classifier, "forward", exhausted(4 * LONGEST))
-    again, same = train.evaluate(*arguments)
+    again, same = evaluate(*arguments)
     assert np.array_equal(predictions, same)
     assert again.accuracy == score.accuracy
     assert max(batch.tokens.numel() for batch in data.evaluation()) <= 4 * LONGEST

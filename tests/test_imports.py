@@ -30,7 +30,7 @@ TOP_LEVEL = {
     "CONTRIBUTING.md",
 }
 
-TRAINER = ["lra/train.py", "lra/batches.py", "lra/run.py"]
+TRAINER = ["lra/train.py", "lra/build.py", "lra/evaluate.py", "lra/batches.py", "lra/run.py"]
 
 
 def sources(folder):

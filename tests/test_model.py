@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from lra import batches as batches_module
 from lra.batches import Batches, resolve_micro_batches
+from lra.build import count_parameters
 from lra.tasks.base import Split
-from lra.train import count_parameters
 from models.classifier import Classifier
 from models.dropout import Dropout
 from models.encoder import EncoderShape, sinusoids

@@ -1,14 +1,15 @@
 """The protocols: every task, and models of the published sizes."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from lra import train
+from lra import build
+from lra.build import build_model, count_parameters
 from lra.compose import conf_dir, load
 from lra.tasks import TASKS
-from lra.train import build_model, count_parameters
 
 PARAMETERS = {
     "nystrom": {
@@ -112,7 +113,14 @@ def test_examples_have_the_published_lengths(task, tokens):
 
 def test_the_model_is_built_with_every_setting(monkeypatch):
     seen = {}
-    monkeypatch.setattr(train, "Classifier", lambda *a, **k: seen.update(shape=a[0], options=k))
+
+    class Model:
+        encoder = SimpleNamespace()
+
+        def __init__(self, shape, *_, **options):
+            seen.update(shape=shape, options=options)
+
+    monkeypatch.setattr(build, "Classifier", Model)
     config = load(["task=retrieval", "protocol=google", "model.zero_is_padding=true"])
     build_model(config, config.build_task())
     shape, options = seen["shape"], seen["options"]

@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from lra.batches import Batches
+from lra.build import autocast
 from lra.compose import load
+from lra.evaluate import evaluate
 from lra.measure import Clock
 from lra.run import new_record
 from lra.schedules import beta1, learning_rate
 from lra.tasks.base import Prepared, Split
-from lra.train import Trainer, autocast, evaluate, step_seed
+from lra.train import Trainer, step_seed
 
 
 class NoStop:

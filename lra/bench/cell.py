@@ -21,11 +21,11 @@ from lra.batches import Batches, resolve_micro_batches
 from lra.bench import floor
 from lra.bench.limits import limit_own_memory
 from lra.bench.plan import model_of
+from lra.build import autocast, build_classifier, count_parameters
 from lra.cells import Cell, Decoding, Figures, Spread
 from lra.plugins import import_plugins
 from lra.tasks.base import Split
 from lra.text import shareable
-from lra.train import autocast, build_classifier, count_parameters
 from models.decoder import Decoder, DecoderState
 from models.encoder import resample
 

@@ -1,0 +1,79 @@
+"""Scores a split with a model, each example once, in batches that fit."""
+
+import logging
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lra import measure, ranks
+from lra.batches import Batches
+from lra.record import Score
+from models.classifier import Classifier
+
+LOG = logging.getLogger("lra")
+
+
+def evaluate(
+    model: Classifier,
+    data: Batches,
+    precision: torch.autocast,
+    step: int,
+    check: Callable[[], None] = lambda: None,
+) -> tuple[Score, np.ndarray]:
+    """Scores every example of a split, in smaller batches where memory runs out.
+
+    Of several processes, each scores its share.
+
+    Args:
+        model: The model, with the weights of ``step``.
+        data: The split; it keeps the size of batch that fits.
+        precision: The context to compute in.
+        step: The optimiser step to write into the score.
+        check: Called before every batch; may raise to stop.
+
+    Returns:
+        The score, and the predicted classes in the split's order.
+    """
+    with ranks.together():
+        predictions, loss = _predicted(model, data, precision, check)
+    # Each example is scored by one process; in the others its prediction is 0.
+    ranks.sum_(predictions)
+    ranks.sum_(loss)
+    correct = int((predictions == data.labels).sum())
+    score = Score.of(correct, len(data), float(loss) / len(data), step)
+    return score, predictions.cpu().numpy()
+
+
+def _predicted(
+    model: Classifier, data: Batches, precision: torch.autocast, check: Callable[[], None]
+) -> tuple[Tensor, Tensor]:
+    """Returns predicted classes and the summed loss, whatever size of batch that takes."""
+    while True:
+        try:
+            return _predict(model, data, precision, check)
+        except Exception as error:
+            if not (measure.out_of_memory(error) and data.shrink()):
+                raise
+        torch.cuda.empty_cache()  # not before the error and what it holds is gone
+        told = "Out of memory: it is evaluated again, in batches of %d tokens, as are the others"
+        LOG.warning(told, data.evaluation_tokens)
+
+
+@torch.no_grad()
+def _predict(
+    model: Classifier, data: Batches, precision: torch.autocast, check: Callable[[], None]
+) -> tuple[Tensor, Tensor]:
+    model.eval()
+    device = data.labels.device
+    predictions = torch.zeros(len(data), dtype=torch.long, device=device)
+    loss = torch.zeros((), dtype=torch.float64, device=device)
+    for batch in data.evaluation():
+        check()
+        with precision:
+            logits = model(batch.tokens, batch.key_mask).float()
+        predictions[batch.indices] = logits.argmax(-1)
+        loss += F.cross_entropy(logits, batch.labels, reduction="sum")
+    return predictions, loss
