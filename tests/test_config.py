@@ -438,7 +438,7 @@ def test_the_test_set_may_validate_only_where_the_last_step_is_tested():
 
 def test_an_attention_without_masks_is_refused_where_black_pixels_are_masked(monkeypatch):
     unmasked = dataclasses.replace(ATTENTIONS.get("softmax").capabilities, key_mask="none")
-    monkeypatch.setattr("lra.compose.capabilities", lambda *_: unmasked)
+    monkeypatch.setattr("lra.fit.capabilities", lambda *_: unmasked)
     told = message("task=image")
     assert "attention=softmax with these options takes no masks" in told
     assert load(["task=image", "model.zero_is_padding=false"]).modified
@@ -450,7 +450,7 @@ def test_an_attention_is_checked_at_the_length_it_will_have(monkeypatch):
     def note(*_, max_len, **__):
         lengths.append(max_len)
 
-    monkeypatch.setattr("lra.compose.build_attention", note)
+    monkeypatch.setattr("lra.fit.build_attention", note)
     load(["task=image", "protocol=google"])
     load(["task=image", "protocol=nystrom"])
     assert lengths == [1025, 1024]  # with a CLS vector, and without
