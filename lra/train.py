@@ -128,8 +128,11 @@ class Trainer:
         self.clock.carry(self.state.seconds)
         if saved:
             self.model.load_state_dict(saved["model"])
-            groups = self.optimizer.state_dict()["param_groups"]  # of the configuration alone
+            # Its options are those of the configuration, whatever a file says of them.
+            groups = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict(saved["optimizer"] | {"param_groups": groups})
+            if self.state.step:
+                self._set_rates(self.state.step - 1)
             if ranks.leads():
                 checkpoint.settle(folder, saved["name"])
             LOG.info("%s: goes on from step %d", folder, self.state.step)
@@ -212,9 +215,7 @@ class Trainer:
                 nn.utils.clip_grad_value_(self.model.parameters(), train.clip_value)
             if train.clip_norm:
                 nn.utils.clip_grad_norm_(self.model.parameters(), train.clip_norm)
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(train, step)
-                group["betas"] = (beta1(train, step), train.betas[1])
+            self._set_rates(step)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             self.sums = sums
@@ -227,6 +228,13 @@ class Trainer:
             self.timed.steps += 1
             self.timed.examples += len(batch)
             self.timed.tokens += int(data.lengths[batch].sum())
+
+    def _set_rates(self, step: int) -> None:
+        """Gives the optimiser its learning rate and averaging coefficients for a step."""
+        train = self.config.train
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(train, step)
+            group["betas"] = (beta1(train, step), train.betas[1])
 
     def _accumulated(self, step: int) -> Tensor:
         """Adds up the gradients of a step's batch, in more pieces where memory runs out.

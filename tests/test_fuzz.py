@@ -11,10 +11,10 @@ from conftest import ROOT
 @pytest.mark.parametrize(
     ("cases", "targets"),
     [
-        (60, ["command lines"]),
-        (150, ["records", "checkpoints", "cells", "cache", "parts"]),
-        (140, [f"{kind} files" for kind in ("listops", "retrieval", "citations", "pathfinder")]),
-        (60, ["text parquet files", "text folder", "image parquet files"]),
+        (25, ["command lines"]),
+        (100, ["records", "checkpoints", "cells", "cache", "parts"]),
+        (100, [f"{kind} files" for kind in ("listops", "retrieval", "citations", "pathfinder")]),
+        (45, ["text parquet files", "text folder", "image parquet files"]),
     ],
 )
 def test_damage_ends_in_a_message_and_loses_nothing(environment, tmp_path, cases, targets):

@@ -496,6 +496,34 @@ def test_a_checkpoint_without_its_parts_is_refused_with_its_path_and_what_to_do(
     assert outcome(tmp_path, (tmp_path / "whole.pt").read_bytes(), trained[0]) == "refused"
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda c: c["state"].update(step="10"), "state.step must be int"),
+        (lambda c: c["state"].update(peak_memory=float("nan")), "state.peak_memory must be int"),
+        (lambda c: c["state"].update(seconds={"train": -1.0}), "state.seconds.train is -1.0"),
+        (lambda c: c["state"]["best"].pop("loss"), "state.best.loss is not set"),
+        (lambda c: c["state"].update(evaluated=11), "steps and scores do not go together"),
+        (lambda c: c["model"].update(weight=None), "weight is no tensor"),
+        (lambda c: c["optimizer"]["state"][0].pop("exp_avg"), "state of the optimiser"),
+        (lambda c: c["optimizer"].update(state={99: {}}), "state of the optimiser"),
+        (lambda c: c["optimizer"].pop("state"), "state of the optimiser"),
+    ],
+)
+def test_a_checkpoint_of_which_something_is_another_thing_is_refused(
+    tmp_path, trained, change, told
+):
+    model, optimizer = trained
+    checkpoint.save(tmp_path, "1a2b3c4d", state(model), model, optimizer)
+    content = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    change(content)
+    torch.save(content, tmp_path / "checkpoint.pt")
+    with pytest.raises(ValueError, match=r"checkpoint\.pt ") as error:
+        checkpoint.load(tmp_path, "1a2b3c4d", model)
+    assert told in str(error.value)
+    assert "\n" not in str(error.value)
+
+
 # Records of others
 
 

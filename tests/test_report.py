@@ -800,3 +800,11 @@ def test_the_results_are_those_of_the_runs(tmp_path):
     for path in sorted((tmp_path / "results").iterdir()):
         if path.suffix != ".png":  # which may differ from one version of matplotlib to another
             assert path.read_text() == (ROOT / "results" / path.name).read_text(), path.name
+
+
+def test_names_are_no_formulas_in_figures(tmp_path):
+    odd = named("linear", feature="$a_{b$")
+    sound(run(500)).save(tmp_path / "runs" / "a")
+    sound(run(400, hash="bbbbbbbb", attention=odd)).save(tmp_path / "runs" / "b")
+    report.write([tmp_path / "runs"], tmp_path / "results")
+    assert (tmp_path / "results" / "seeds-quick.png").stat().st_size > 0

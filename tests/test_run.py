@@ -1,6 +1,7 @@
 """A run from configuration to record: what it leaves behind, how it ends, when it is reused."""
 
 import json
+import re
 import shutil
 import signal
 
@@ -268,6 +269,24 @@ def test_an_interrupted_run_ends_as_the_uninterrupted_one(smoke, tmp_path, monke
     assert_same_end(folder, kept)
 
 
+def test_a_run_cut_after_its_last_step_ends_as_an_uncut_one(smoke, tmp_path, monkeypatch):
+    settings = smoke("keep_checkpoint=true", "checkpoint_seconds=0")
+    run(load(settings))
+    folder = folder_of(settings)
+    shutil.copytree(folder, tmp_path / "whole")
+    tested = Trainer.test
+
+    def cut(trainer):
+        trainer.stop.signal = "SIGTERM"
+        tested(trainer)
+
+    monkeypatch.setattr(Trainer, "test", cut)
+    assert run(load([*settings, "reuse=never"])).status == "interrupted"
+    monkeypatch.undo()
+    run(load(settings))
+    assert_same_end(folder, tmp_path / "whole")
+
+
 def assert_same_end(folder, other):
     """Compares all of two runs but their times and memory, bit by bit."""
     a, b = (torch.load(path / "checkpoint.pt", weights_only=True) for path in (folder, other))
@@ -294,3 +313,33 @@ def metrics_without_time(folder):
         {key: value for key, value in json.loads(line).items() if key != "seconds"}
         for line in lines
     ]
+
+
+def test_a_run_does_not_train_on_prepared_data_that_has_changed(smoke, tmp_path, capsys):
+    cache = f"cache_dir={tmp_path / 'cache'}"
+    done = run(load(smoke(cache)))
+    [path] = (tmp_path / "cache").glob("*/train.arrow")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    again = run(load(smoke(cache, "reuse=never")))
+    assert f"{path} has not the content that it had then" in capsys.readouterr().err
+    assert (again.status, again.test) == ("ok", done.test)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda v: v["config"]["model"].update(dim=32), "was it edited?"),
+        (lambda v: v["config"]["task"].update(num_test=10**6), "settings of another task"),
+        (lambda v: v["config"]["task"].pop("name"), "config.task.name is not set"),
+    ],
+)
+def test_an_edited_record_is_not_evaluated_again(smoke, change, told):
+    run(load(smoke("keep_checkpoint=true")))
+    path = folder_of(smoke()) / "record.json"
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=re.escape(told)):
+        evaluate_again(path.parent)

@@ -217,9 +217,7 @@ class Opened:
         """Refuses a file without the columns of the data set, by names and types."""
         import pyarrow as pa
 
-        fields = list(features.arrow_schema) if features else []
-        types = {field.name: field.type for field in fields}
-        twice = len(types) < len(fields)
+        types = {field.name: field.type for field in features.arrow_schema} if features else {}
         content, label = types.get(self.data.column), types.get("label")
         if self.data.kind == "text":
             needed = "strings"
@@ -235,7 +233,7 @@ class Opened:
             good = inner is not None and (
                 pa.types.is_binary(inner) or pa.types.is_large_binary(inner)
             )
-        if twice or not good or label is None or not pa.types.is_integer(label):
+        if not good or label is None or not pa.types.is_integer(label):
             there = ", ".join(f"{name} ({kind})" for name, kind in types.items()) or "none"
             reason = (
                 f"the columns are {there}; there must be {self.data.column} ({needed}) and label "

@@ -397,6 +397,10 @@ def not_utf8():
 BAD_PAPERS = {
     "no ids": (without("id"), "there is no column 'id'; the columns are 'text'"),
     "no texts": (without("text"), "there is no column 'text'; the columns are 'id'"),
+    "ids twice": (
+        bad_text("c").append_column("id", pa.array(["x", "y", "z"])),
+        "there is more than one column 'id'",
+    ),
     "no columns": (pa.table({}), "there is no column 'id'; the columns are none"),
     "ids that are numbers": (
         pa.table({"id": [1, 2], "text": ["a", "b"]}),

@@ -316,6 +316,12 @@ def test_other_columns_are_refused_with_what_is_there_and_what_is_needed(tmp_pat
     assert "; there must be text (strings) and label (integers). Get the files again" in message
 
 
+def test_a_column_that_is_there_twice_is_refused(tmp_path):
+    put_both(tmp_path / "notes")
+    put(tmp_path / "notes" / "train-1.parquet", table().append_column("text", pa.array(TEXTS)))
+    assert "train-1.parquet" in refused(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("column", "there"),
     [
