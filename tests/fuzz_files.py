@@ -155,15 +155,16 @@ class Checkpoints:
         [run] = [path.parent for path in (self.folder / "runs").rglob("record.json")]
         [good] = [path.parent for path in (self.good / "whole").rglob("record.json")]
         files = sorted(run.glob("*.pt"))
+        edited = random.random() < 0.6  # then the end may be another, as of any whole checkpoint
         for path in files if random.random() < 0.5 else [random.choice(files)]:
-            if random.random() < 0.6:
+            if edited:
                 self.change(random, path)
             else:
                 put_damaged(random, path)
         if which == "whole":
             code, printed, _ = call("eval", str(run))
             scores = re.findall(r"test ([\d.]+%)", printed)
-            if code == 0 and len({*scores}) > 1:
+            if code == 0 and len({*scores}) > 1 and not edited:
                 raise Failure(f"other weights are taken for the run's: {printed}")
             return CODES[code]
         code, printed, _ = call(
@@ -171,7 +172,7 @@ class Checkpoints:
             f"runs_dir={self.folder / 'runs'}",
         )  # fmt: skip
         done = record.load(run)
-        if code == 0 and done.test != record.load(good).test:
+        if code == 0 and done.test != record.load(good).test and not edited:
             raise Failure(f"{done.test} is not the end of the uninterrupted run")
         if code == 1 and (
             done.status != "failed" or RAW.search(done.reason) or ".pt" not in done.reason

@@ -269,21 +269,22 @@ def test_an_interrupted_run_ends_as_the_uninterrupted_one(smoke, tmp_path, monke
     assert_same_end(folder, kept)
 
 
-def test_a_run_cut_after_its_last_step_ends_as_an_uncut_one(smoke, tmp_path, monkeypatch):
-    settings = smoke("keep_checkpoint=true", "checkpoint_seconds=0")
+def test_a_run_cut_before_its_last_evaluation_ends_as_an_uncut_one(smoke, tmp_path, monkeypatch):
+    settings = smoke("keep_checkpoint=true")
     run(load(settings))
     folder = folder_of(settings)
     shutil.copytree(folder, tmp_path / "whole")
-    tested = Trainer.test
+    evaluate = Trainer._evaluate
 
-    def cut(trainer):
-        trainer.stop.signal = "SIGTERM"
-        tested(trainer)
+    def cut(trainer, *arguments):
+        if trainer.state.step == trainer.config.train.steps:
+            trainer.stop.signal = "SIGTERM"
+        return evaluate(trainer, *arguments)
 
-    monkeypatch.setattr(Trainer, "test", cut)
-    assert run(load([*settings, "reuse=never"])).status == "interrupted"
-    monkeypatch.undo()
-    run(load(settings))
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_evaluate", cut)
+        assert run(load([*settings, "reuse=never"])).status == "interrupted"
+    run(load(settings))  # takes no step, and saves
     assert_same_end(folder, tmp_path / "whole")
 
 

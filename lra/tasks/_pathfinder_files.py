@@ -135,7 +135,11 @@ def read_metadata(folder: Path) -> Listed:
 def _read_lines(file: Path) -> list[tuple[str, int]]:
     """Returns the image and the label of every line of a metadata file."""
     read = []
-    for number, line in enumerate(file.read_bytes().splitlines(), start=1):
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{file}: {error.strerror}. {_AGAIN}") from None
+    for number, line in enumerate(content.splitlines(), start=1):
         try:
             read.append(_read_line(line))
         except ValueError as error:

@@ -464,8 +464,9 @@ def read(tmp_path_factory):
     return read_content
 
 
-def test_a_folder_in_the_place_of_an_image_is_told_by_name(tmp_path, folder):
-    path = folder / "imgs" / "1" / "sample_7.png"
+@pytest.mark.parametrize("file", ["imgs/1/sample_7.png", "metadata/1.npy"])
+def test_a_folder_in_the_place_of_a_file_is_told_by_name(tmp_path, folder, file):
+    path = folder / file
     path.unlink()
     path.mkdir()
     with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: Is a directory\\."):
