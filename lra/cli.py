@@ -41,6 +41,8 @@ starts nothing, and prints each run, how far it is and the time it will take.
   tracker=wandb wandb.mode=offline         W&B is offline unless wandb.mode=online
   reuse=never                              start over instead of keeping or resuming
   keep_checkpoint=true                     keep the weights of a finished run, for lra eval
+  activation_checkpointing=true            less memory: activations are computed again
+  compile=true                             torch.compile the model
   tune=lr                                  first choose the learning rate by validation, with seed 0
   sweep=NAME                               with -m: the runs of a paper's table (lra ls)
   launch=joblib runs_at_once=2             with -m: several runs at once, threads divided
