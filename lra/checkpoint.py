@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lra import facts
 from lra.files import parsed, write_atomically, write_text
+from lra.measure import PHASES
 from lra.record import Score
 
 LOG = logging.getLogger("lra")
@@ -224,6 +225,8 @@ def _state(values: Any, version: int) -> State:
         facts.check_section(_Sound, numbers, "state")
     except ValueError as error:
         raise _Unusable(f"is damaged: {error}") from None
+    if not set(PHASES) >= values["seconds"].keys():
+        raise _Unusable("is damaged: it has other clocks")
     if not 0 <= values["evaluated"] <= values["step"] or (
         values["evaluated"] and not values["last"]
     ):

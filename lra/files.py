@@ -111,7 +111,8 @@ def parsed(text: str | bytes) -> Any:
     """Returns what JSON of a damaged or foreign file says.
 
     Raises:
-        ValueError: If it is no JSON, or nested more deeply than anything written here.
+        ValueError: If it is no JSON or no Unicode, or nested more deeply than all that is written
+            here.
     """
     try:
         value = json.loads(text if isinstance(text, str) else text.decode())
@@ -124,8 +125,14 @@ def parsed(text: str | bytes) -> Any:
         inside = [v.values() if isinstance(v, dict) else v for v in level if _holds_others(v)]
         level = [inner for values in inside for inner in values]
         if not level:
-            return value
-    raise ValueError(f"it is nested more than {DEEPEST} levels deep")
+            break
+    else:
+        raise ValueError(f"it is nested more than {DEEPEST} levels deep")
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("it has half a surrogate pair, which is no character") from None
+    return value
 
 
 def _holds_others(value: Any) -> bool:

@@ -253,6 +253,12 @@ def test_json_is_read_as_json():
         parsed("{")
 
 
+def test_half_a_surrogate_pair_is_refused_before_a_table_meets_it():
+    assert parsed(r'"\ud83d\ude00"') == "\U0001f600"
+    with pytest.raises(ValueError, match="half a surrogate pair"):
+        parsed(r'{"name": "\ud800"}')
+
+
 def test_a_home_folder_of_nobody_is_refused_by_its_name():
     assert user_path("~/a") == Path.home() / "a"
     with pytest.raises(ValueError, match="~nobody-of-this-name/a"):

@@ -502,6 +502,7 @@ def test_a_checkpoint_without_its_parts_is_refused_with_its_path_and_what_to_do(
         (lambda c: c["state"].update(step="10"), "state.step must be int"),
         (lambda c: c["state"].update(peak_memory=float("nan")), "state.peak_memory must be int"),
         (lambda c: c["state"].update(seconds={"train": -1.0}), "state.seconds.train is -1.0"),
+        (lambda c: c["state"].update(seconds={"nap": 1.0}), "it has other clocks"),
         (lambda c: c["state"]["best"].pop("loss"), "state.best.loss is not set"),
         (lambda c: c["state"].update(evaluated=11), "steps and scores do not go together"),
         (lambda c: c["model"].update(weight=None), "weight is no tensor"),
