@@ -476,7 +476,8 @@ class Trainer:
         record.evaluation_seconds = state.seconds["evaluate"]
         record.other_seconds = state.seconds["other"]
         record.memory_kind = self.memory.kind
-        record.peak_memory_bytes = state.peak_memory or None
+        measured = not self.memory.kind.startswith("none")
+        record.peak_memory_bytes = state.peak_memory if measured else None
         timed = state.timed
         if timed.seconds:
             record.throughput = Throughput(

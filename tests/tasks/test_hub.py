@@ -218,13 +218,15 @@ def test_local_data_is_read_without_network_and_leaves_nothing_behind(
 def test_local_data_is_read_in_offline_mode_without_torch_or_a_word(tmp_path):
     put_both(tmp_path / "notes")
     code = (
-        "import sys\n"
+        "import os, sys\n"
         "from pathlib import Path\n"
         "from lra.tasks._hub import DataSet\n"
         "data = DataSet('Notes', 'notes', 'someone/notes', 'text', 'text', 3)\n"
         "assert 'datasets' not in sys.modules\n"
         "opened = data.open(Path(sys.argv[1]), None)\n"
-        "print(opened.read('train', bytes, lambda rows: None).contents, 'torch' in sys.modules)"
+        "print(opened.read('train', bytes, lambda rows: None).contents, 'torch' in sys.modules)\n"
+        "sys.stdout.flush()\n"
+        "os._exit(0)"  # threads of pyarrow may abort a busy machine's interpreter at its exit
     )
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1",
