@@ -24,7 +24,7 @@ def _require(conditions: dict[str, bool]) -> None:
 
 
 def _positive(*numbers: float) -> bool:
-    return all(SMALLEST < number < LARGEST for number in numbers)
+    return all(SMALLEST < n < (2**63 if isinstance(n, int) else LARGEST) for n in numbers)
 
 
 def _numbers(*numbers: float) -> bool:
@@ -79,6 +79,8 @@ class Conditions:
     def __post_init__(self) -> None:
         check_known(_Model, self.model, "model")
         check_known(_Device, self.device, "device")
+        counts = (self.batch, self.device["threads"])
+        _require({"batch and threads must be numbers of something": _positive(*counts)})
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,8 @@ class Spread:
 
     def __post_init__(self) -> None:
         times = (self.median, self.low, self.high)
-        _require({"times must be positive and finite": _positive(*times)})
+        told = "times must be positive and finite, and so must repetitions"
+        _require({told: _positive(*times, self.repetitions)})
 
 
 @dataclass(frozen=True)
@@ -153,7 +156,7 @@ class Decoding:
                 "positions, times and speeds must be positive and finite": _positive(
                     *self.positions, *self.seconds, *self.tokens_per_second
                 ),
-                "state_bytes must not be negative": min(self.state_bytes, default=0) >= 0,
+                "state_bytes must be finite and not negative": _numbers(*self.state_bytes),
             }
         )
 

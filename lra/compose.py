@@ -171,8 +171,12 @@ class _Composer:
         self._composed: dict[tuple[str, ...], dict[str, Any]] = {}
 
     def parse(self, overrides: Iterable[str]) -> list[Any]:
+        overrides = list(overrides)
+        for text in overrides:
+            if not _is_text(text):  # a record could not tell it
+                raise ValueError(f"{text!r} is not UTF-8.")
         try:
-            return self.parser.parse_overrides(list(overrides))
+            return self.parser.parse_overrides(overrides)
         except Exception as error:  # Hydra's, and those of what it calls in a value
             given = getattr(error, "override", " ".join(overrides))
             raise ValueError(
@@ -314,6 +318,11 @@ def _values(override: Any) -> list[str]:
     if not values:
         raise ValueError(f"'{given}' matches nothing.")
     return values
+
+
+def _is_text(given: str) -> bool:
+    """Whether an argument is no bytes that Python could not decode."""
+    return given == given.encode(errors="ignore").decode()
 
 
 def _more_than(most: int, values: Iterable[Any]) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, is_dataclass
 from typing import TYPE_CHECKING, Any
 
-from lra.typed import check_known
+from lra.typed import check_known, from_mapping
 
 if TYPE_CHECKING:
     from lra.record import Record
@@ -17,6 +17,9 @@ SMALLEST, LARGEST = 1e-18, 2**63
 
 _LOSSES = {"loss", "train_loss"}
 """Numbers that may be infinite, and so small as they like."""
+
+_SHARES = {"accuracy", "low", "high"}
+"""Numbers of at most 1."""
 
 _OF_ANY_SIGN = ("config", "modified", "attention")
 """Sections of options."""
@@ -145,23 +148,17 @@ def check(loaded: "Record") -> None:
         problems.append("modified.train.steps must be two integers")
     told = {key: value for key, value in vars(loaded).items() if key not in _OF_ANY_SIGN}
     told["config.train.steps"] = loaded.config.get("train", {}).get("steps")
-    problems += _odd("", told)
-    problems += [
-        f"{name} has an accuracy, or an end of its interval, above 1"
-        for name in ("validation", "test")
-        if (score := getattr(loaded, name)) and max(score.accuracy, score.low, score.high) > 1
-    ]
-    _refuse(problems)
+    _refuse(problems + _odd("", told))
 
 
 def check_section(form: type, values: Mapping[str, Any], where: str) -> None:
-    """Refuses values that have not the types of a dataclass, or numbers that can be none.
+    """Refuses values that have not the fields of a dataclass, or numbers that can be none.
 
     Raises:
         ValueError: One message with every problem.
     """
     try:
-        check_known(form, values, where)
+        from_mapping(form, values, where)
     except ValueError as error:
         _refuse(str(error).splitlines())
     _refuse(_odd(where, values))
@@ -177,7 +174,7 @@ def _odd(where: str, values: Any) -> list[str]:
     return [
         f"{key} is {value!r:.30}, which is no such number"
         for key, value in _numbers(where, values)
-        if not is_number(value)
+        if not is_number(value) or (value > 1 and key.rpartition(".")[2] in _SHARES)
     ]
 
 

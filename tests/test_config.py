@@ -787,6 +787,7 @@ def test_plugins_that_are_no_list_of_modules_are_one_message(override):
         ("seed=range(0,5,0)", "range(0,5,0)"),
         ("seed=" + "[" * 5000, "Cannot read"),
         ("seed=${seed}", "seed"),
+        ("runs_dir=caf\udce9", r"'runs_dir=caf\udce9' is not UTF-8"),
         ("runs_dir=~nobody-of-this-name/runs", "~nobody-of-this-name"),
         ("cache_dir=~nobody-of-this-name/runs", "~nobody-of-this-name"),
     ],
