@@ -1,11 +1,12 @@
 # make quickstart: from nothing to a leaderboard.  make test: lint, format and all tests.
+# make test-cluster: sweeps through a real Slurm and a real Ray on this machine; Debian, as root.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 LRA := $(BIN)/lra
 QUICK := task=listops protocol=quick runs_dir=runs/quickstart
 
-.PHONY: quickstart test install clean
+.PHONY: quickstart test test-cluster install clean
 
 quickstart: install
 	$(LRA) data $(QUICK)
@@ -17,6 +18,10 @@ test: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-cluster: install
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[slurm,ray]'
+	$(BIN)/python tests/cluster.py
 
 install: $(VENV)/.installed
 

@@ -46,6 +46,7 @@ starts nothing, and prints each run, how far it is and the time it will take.
   tune=lr                                  first choose the learning rate by validation, with seed 0
   sweep=NAME                               with -m: the runs of a paper's table (lra ls)
   launch=joblib runs_at_once=2             with -m: several runs at once, threads divided
+  launch=slurm, launch=ray                 with -m: jobs of a cluster (conf/launch/*.md)
   model.KEY=VALUE train.KEY=VALUE          depart from the protocol; the run is marked as modified
 
 conf/config.yaml and conf/protocol/ have every key and its meaning.

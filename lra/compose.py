@@ -284,9 +284,10 @@ class _Composer:
         except MissingConfigException as error:
             folder, _, task = str(error.missing_cfg_file).rpartition("/")
             if folder == "hydra/launcher":
+                launch = "slurm" if task == "submitit_slurm" else task
                 raise ValueError(
-                    f"launch={task} needs a package that is not installed: run "
-                    f"pip install hydra-{task}-launcher."
+                    f"launch={launch} needs a package that is not installed: run "
+                    f"pip install -c constraints.txt -e '.[{launch}]'."
                 ) from None
             if not folder.startswith("protocol/"):
                 raise ValueError(str(error).strip()) from None

@@ -1,11 +1,12 @@
 """What a run measures: clocks, peak memory, and the facts of its machine and code."""
 
+import contextlib
 import os
 import platform
 import subprocess
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -139,6 +140,20 @@ def _status_bytes(field: str) -> int:
     raise OSError(f"/proc/self/status has no {field}")
 
 
+_elsewhere = False
+
+
+@contextlib.contextmanager
+def elsewhere() -> Iterator[None]:
+    """While other machines' runs are planned, such as a cluster's, a GPU need not be here."""
+    global _elsewhere
+    before, _elsewhere = _elsewhere, True
+    try:
+        yield
+    finally:
+        _elsewhere = before
+
+
 def resolve_device(setting: str) -> torch.device:
     """Returns the device for ``device=``; of several processes each has a GPU of its own.
 
@@ -154,7 +169,7 @@ def resolve_device(setting: str) -> torch.device:
         raise ValueError(f"device={setting} is no device: use auto, cpu, cuda, cuda:1.") from None
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device={setting} is not supported: use auto, cpu, cuda, cuda:1.")
-    if device.type == "cpu":
+    if device.type == "cpu" or _elsewhere:
         return device
     count = torch.cuda.device_count()
     if several and device.index is not None:
@@ -175,11 +190,20 @@ def resolve_device(setting: str) -> torch.device:
 
 
 def resolve_precision(setting: str, device: torch.device) -> tuple[str, str]:
-    """Returns ``fp32`` or ``bf16`` for ``precision=``, and the reason."""
+    """Returns ``fp32`` or ``bf16`` for ``precision=``, and the reason.
+
+    Raises:
+        ValueError: If it is that of a GPU elsewhere.
+    """
     if setting != "auto":
         return setting, "asked for"
     if device.type == "cpu":
         return "fp32", "auto: CPU"
+    if _elsewhere and not torch.cuda.is_available():
+        raise ValueError(
+            "precision=auto is what the GPU can do, and this machine has none to ask: say "
+            "precision=bf16 (A100, H100 and later) or precision=fp32."
+        )
     if torch.cuda.is_bf16_supported():
         return "bf16", "auto: the GPU computes in bf16"
     return "fp32", "auto: the GPU does not compute in bf16"
@@ -208,7 +232,10 @@ def out_of_memory(error: Exception) -> bool:
 
 def device_facts(device: torch.device) -> dict[str, Any]:
     """Returns the device's kind and name, and the number of threads."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    if device.type == "cpu":
+        name = _cpu_name()
+    else:
+        name = "elsewhere" if _elsewhere else torch.cuda.get_device_name(device)
     return {"kind": device.type, "name": name, "threads": torch.get_num_threads()}
 
 

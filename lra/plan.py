@@ -1,11 +1,12 @@
 """What a call would run: each run with its folder, its state, and the time that it will take."""
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lra import record
+from lra import measure, record
 from lra.compose import load_jobs
 from lra.config import RunConfig
 from lra.files import canonical_json, user_path
@@ -38,12 +39,30 @@ class Planned:
         return self.state.folder
 
 
+def launch_of(overrides: Sequence[str]) -> str:
+    """Returns the name of the launcher that a sweep asks for."""
+    return next((o[7:] for o in reversed(overrides) if o.startswith("launch=")), "serial")
+
+
+def where(overrides: Sequence[str]) -> contextlib.AbstractContextManager[None]:
+    """Returns the context of plans for the machines that a sweep's launcher has."""
+    cluster = any(o.startswith("hydra.launcher.ray.init.address=") for o in overrides)
+    if cluster or launch_of(overrides) == "slurm":
+        return measure.elsewhere()
+    return contextlib.nullcontext()
+
+
 def plan(overrides: Sequence[str]) -> list[Planned]:
     """Returns the runs that ``overrides`` spell out, each once; loads no data and starts nothing.
 
     Raises:
         ValueError: For a mistake in any of them, or if a finished one was run on other data.
     """
+    with where(overrides):
+        return _plan(overrides)
+
+
+def _plan(overrides: Sequence[str]) -> list[Planned]:
     runs: dict[Path, Planned] = {}
     lacking: dict[Path, str] = {}
     for job, config in load_jobs(overrides):
@@ -100,7 +119,8 @@ def planned_status(overrides: Sequence[str]) -> str:
     Raises:
         ValueError: For a mistake in any of them.
     """
-    runs = with_trials(plan(overrides))
+    with where(overrides):
+        runs = with_trials(plan(overrides))
     tell_missing(runs)
     states = [run.state for run in runs]
     return f"{table(states)}\n{summary(states)}"
@@ -119,10 +139,12 @@ def dry_run(overrides: Sequence[str], multirun: bool) -> int:
     Raises:
         ValueError: For a mistake in any of them.
     """
-    runs = plan(overrides)
-    if len(runs) > 1 and not multirun:
-        raise ValueError(f"These overrides make {len(runs)} runs: use lra train -m.")
-    runs = with_trials(runs)
+    with where(overrides):
+        runs = plan(overrides)
+        if len(runs) > 1 and not multirun:
+            raise ValueError(f"These overrides make {len(runs)} runs: use lra train -m.")
+        runs = with_trials(runs)
+        costs = {run.folder: _cost(new_record(run.config)) for run in runs}
     tell_missing(runs)
     speeds = {
         folder: _speeds(folder) for folder in {user_path(run.config.runs_dir) for run in runs}
@@ -132,7 +154,7 @@ def dry_run(overrides: Sequence[str], multirun: bool) -> int:
         state = run.state
         if state.status in ("ok", "data missing") or (state.trial and state.status == "diverged"):
             continue
-        measured = speeds[user_path(run.config.runs_dir)].get(_cost(new_record(run.config)))
+        measured = speeds[user_path(run.config.runs_dir)].get(costs[run.folder])
         if state.seconds_left is None and measured is not None:
             state.seconds_left = (state.steps - state.step) * measured
         total += state.seconds_left or 0.0

@@ -8,12 +8,18 @@ from typing import Any
 
 ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
+TIME_IS_UP = signal.SIGUSR2
+"""What Slurm sends to all processes of a job some time before it ends it, as submitit asks it."""
+
 GRACE_SECONDS = 5
 """How long a run may take to heed a signal; a scheduler kills it some seconds later."""
 
 
 class StopSignals:
-    """Notes SIGINT, SIGTERM and SIGHUP; acts at once until ``deferred``, and on a second one.
+    """Notes `ENDS` and `TIME_IS_UP`; acts at once until ``deferred``, and on a Ctrl-C after one.
+
+    Others may come twice without anybody being impatient: a scheduler tells all processes of a job,
+    and those that have started others tell them again.
 
     Args:
         give_up: Called in a thread of its own, with the signal's name, where the main thread does
@@ -34,7 +40,7 @@ class StopSignals:
         # The system writes a signal's number there whatever the main thread is in.
         self._previous_writing = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
         threading.Thread(target=self._watch, args=(reading,), daemon=True).start()
-        for number in ENDS:
+        for number in (*ENDS, TIME_IS_UP):
             self._previous[number] = signal.signal(number, self._note)
         return self
 
@@ -46,14 +52,14 @@ class StopSignals:
         os.close(self._writing)  # ends the thread
 
     def _note(self, number: int, _frame: object) -> None:
-        again = self.signal is not None
-        self.signal = signal.Signals(number).name
-        if again or not self.deferred:
+        first = self.signal is None
+        self.signal = self.signal or signal.Signals(number).name
+        if not self.deferred if first else number == signal.SIGINT:
             raise KeyboardInterrupt
 
     def _watch(self, reading: int) -> None:
         told = os.read(reading, 1)
-        while told and told[0] not in ENDS:
+        while told and told[0] not in (*ENDS, TIME_IS_UP):
             told = os.read(reading, 1)
         if told and not self._left.wait(GRACE_SECONDS):
             self._give_up(signal.Signals(told[0]).name)

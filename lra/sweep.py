@@ -1,14 +1,16 @@
 """Sweeps: Hydra's launchers, each run in a process of its own, and a table of how they ended."""
 
 import contextlib
+import ctypes
 import logging
 import os
+import platform
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +19,8 @@ from hydra.core.hydra_config import HydraConfig
 
 from lra import ranks, record
 from lra.compose import conf_dir, load, store_groups
-from lra.signals import ENDS
+from lra.files import is_locked
+from lra.signals import ENDS, TIME_IS_UP
 from lra.text import aligned
 
 if TYPE_CHECKING:
@@ -27,6 +30,11 @@ LOG = logging.getLogger("lra")
 
 LOOK_SECONDS = 0.2
 """Between two looks whether a run has ended, or is to be stopped."""
+
+SAVE_SECONDS = 15
+"""How long a run that is asked to end may take; its process ends itself before."""
+
+PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
 
 def sweep(overrides: Sequence[str]) -> int:
@@ -41,20 +49,22 @@ def sweep(overrides: Sequence[str]) -> int:
     Raises:
         ValueError: For a mistake in any of the combinations.
     """
-    from lra.plan import plan, tell_missing
+    from lra.plan import launch_of, plan, tell_missing
 
     runs = ranks.first(lambda: plan(overrides))
     shared = max((run.config.runs_at_once for run in runs), default=1)
-    if ranks.count() > 1 and shared > 1:
+    launch = launch_of(overrides)
+    if ranks.count() > 1 and (shared > 1 or launch == "slurm"):
+        what = "jobs of Slurm" if launch == "slurm" else f"{shared} runs at once"
         raise ValueError(
-            f"{shared} runs at once would each want all {ranks.count()} processes: leave "
+            f"{what} would each want all {ranks.count()} processes: leave "
             f"launch= and runs_at_once= out, or start lra without torchrun."
         )
     tell_missing(runs)
     finished = [run for run in runs if run.state.status == "ok"]
-    jobs = [run.job for run in runs if run.state.status not in ("ok", "data missing")]
+    todo = [run for run in runs if run.state.status not in ("ok", "data missing")]
     LOG.info("%d runs, %d of them finished before", len(runs), len(finished))
-    stopped = bool(jobs) and _launch(overrides, jobs)
+    stopped = bool(todo) and _launch(overrides, todo)
     rows = ranks.first(lambda: [_row(run) for run in runs])
     if ranks.leads():
         print(aligned([("run", "status", "test", "reason or log"), *rows]))
@@ -64,76 +74,148 @@ def sweep(overrides: Sequence[str]) -> int:
     return int(not ended or any(status not in ("ok", "skipped") for status in ended))
 
 
-def _launch(overrides: Sequence[str], jobs: Sequence[list[str]]) -> bool:
-    """Hands the runs to Hydra's launcher; returns whether a signal stopped them."""
+def _launch(overrides: Sequence[str], runs: Sequence["Planned"]) -> bool:
+    """Hands the runs to Hydra's launcher; returns whether a signal stopped them, or the wait."""
     from hydra import initialize_config_dir
     from hydra._internal.callbacks import Callbacks
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.plugins import Plugins
     from hydra.types import HydraContext, RunMode
+    from omegaconf import OmegaConf
 
+    from lra.measure import resolve_device
+    from lra.plan import launch_of, where
+
+    slurm = launch_of(overrides) == "slurm"
+    jobs = [run.job for run in runs]
     store_groups(list(overrides))
     of_hydra = [override for override in overrides if override.startswith(("hydra.", "hydra/"))]
-    with initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
+    # What conf/launch/ asks for a run.
+    gpus = lambda device: int(resolve_device(device).type == "cuda")  # noqa: E731
+    OmegaConf.register_new_resolver("gpus", gpus, replace=True)
+    with initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"), where(overrides):
         hydra = GlobalHydra.instance().hydra
         config = hydra.compose_config(
             "config", [*of_hydra, *jobs[0]], RunMode.MULTIRUN, with_log_configuration=False
         )
         folder = Path(config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as signals:
-            told = Path(signals)
+
+        def launch(told: Path | None) -> None:
+            folders = [run.folder for run in runs]
+            task = partial(_run, signals=told, starter=_process(), folders=folders)
             launcher = Plugins.instance().instantiate_launcher(
                 hydra_context=HydraContext(hydra.config_loader, Callbacks()),
-                task_function=partial(_run, signals=told, starter=os.getpid()),
+                task_function=task,
                 config=config,
             )
+            for ended in launcher.launch(jobs, initial_job_idx=0):
+                _ = ended.return_value  # raises what a job of ours has raised
+
+        if slurm:
+            from lra.slurm import wait_for
+
+            return wait_for(lambda: launch(None))
+        with tempfile.TemporaryDirectory(dir=folder) as signals:
+            told = Path(signals)
             with _noting_signals(told):
                 try:
-                    for ended in launcher.launch(jobs, initial_job_idx=0):
-                        _ = ended.return_value  # raises what a job of ours has raised
+                    launch(told)
                 except Exception:
                     if not _stops(told):
                         raise
             return _stops(told) > 0
 
 
-def _run(_: Any, signals: Path, starter: int) -> None:
+def _run(_: Any, signals: Path | None, starter: tuple[str, int], folders: Sequence[Path]) -> None:
     """Hydra's job: runs one combination in a fresh process.
 
     Args:
-        signals: Where `_noting_signals` notes them.
+        signals: Where `_noting_signals` notes them; None if the sweep's are none of its jobs'.
         starter: The process of the sweep; another one runs this beside others like it.
+        folders: That of each job's run.
     """
-    if os.getpid() != starter:
-        for number in ENDS:  # of the terminal; the sweep notes them
-            signal.signal(number, lambda *_: None)
-    if _stops(signals):
-        return
-    overrides = list(HydraConfig.get().overrides.task)
-    # In a session of its own, so that a Ctrl-C at the terminal reaches it once: through us.
-    # -P and this path: the child has our packages, whatever the current folder holds.
+    beside = _process() != starter
+    with _receiving() if beside else contextlib.nullcontext([]) as received:
+        # At a terminal a Ctrl-C reaches the sweep and this process: it is one all the same.
+        def stops() -> int:
+            return max(len(received), _stops(signals) if signals else 0)
+
+        _wait_for_lock(folders[HydraConfig.get().job.num], stops)
+        if stops():
+            return
+        overrides = list(HydraConfig.get().overrides.task)
+        process = _start(overrides, quiet=beside)
+        asked = 0
+        try:
+            while (code := process.poll()) is None:
+                told = stops()
+                if told > 1 and signals:
+                    process.kill()
+                elif told > asked:
+                    process.send_signal(received[0] if received else signal.SIGINT)
+                asked = told  # it saves and ends
+                time.sleep(LOOK_SECONDS)
+        finally:  # what ends the job ends the run
+            _end(process)
+        # 0, 1 and 130 are told in the record; 2 is a refusal, of a run that is not ours to judge.
+        if code not in (0, 1, 2, 130) and not stops() and ranks.leads():
+            _record_crash(overrides, code)
+        if signals is None and received:
+            sys.exit(128 + received[0])  # Slurm has ended the job, or begins it again
+
+
+def _process() -> tuple[str, int]:
+    """Returns what tells this process from others, on other machines too."""
+    return platform.node(), os.getpid()
+
+
+def _wait_for_lock(folder: Path, stops: Callable[[], int]) -> None:
+    """Waits for an earlier process of a run to end, whose job was killed and is given again."""
+    end = time.monotonic() + SAVE_SECONDS
+    while is_locked(folder / ".lock") and not stops() and time.monotonic() < end:
+        time.sleep(LOOK_SECONDS)
+
+
+def _start(overrides: Sequence[str], quiet: bool) -> subprocess.Popen[bytes]:
+    """Starts a run in a process that has our packages, whatever the current folder holds."""
     root = str(Path(__file__).parents[1])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    bars = {} if os.getpid() == starter else {"TQDM_DISABLE": "1"}  # of several runs, unreadable
+    bars = {"TQDM_DISABLE": "1"} if quiet else {}  # of several runs, unreadable
     group = ranks.environment(HydraConfig.get().job.num)
-    process = subprocess.Popen(
+    return subprocess.Popen(
         [sys.executable, "-P", "-m", "lra", "train", *overrides],
         env=os.environ | {"PYTHONPATH": path} | bars | group,
+        # In a session of its own, so that a Ctrl-C at the terminal reaches it once: through us.
         start_new_session=True,
+        preexec_fn=_end_with_parent,
     )
-    asked = 0
-    while (code := process.poll()) is None:
-        stops = _stops(signals)
-        if stops > 1:
+
+
+def _end_with_parent() -> None:
+    """Has the system send this process, which is to be a run, SIGTERM when its parent dies."""
+    signal.signal(TIME_IS_UP, signal.SIG_IGN)  # until the run heeds it
+    if PRCTL is not None:
+        PRCTL(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Asks a run to save and end, if it has not ended, and waits for it."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(SAVE_SECONDS)
+        except subprocess.TimeoutExpired:
             process.kill()
-        elif stops > asked:
-            process.send_signal(signal.SIGINT)  # it saves and ends
-        asked = stops
-        time.sleep(LOOK_SECONDS)
-    # 0, 1 and 130 are told in the record; 2 is a refusal, of a run that is not ours to judge.
-    if code not in (0, 1, 2, 130) and not asked and ranks.leads():
-        _record_crash(overrides, code)
+
+
+@contextlib.contextmanager
+def _receiving() -> Iterator[list[int]]:
+    """Gives the list of signals that come to this process, of those that end a run."""
+    received: list[int] = []
+    with _handling(lambda number, _: received.append(number)):
+        yield received
+    signal.signal(signal.SIGINT, lambda *_: None)  # of the terminal; the sweep notes it
 
 
 @contextlib.contextmanager
@@ -142,16 +224,18 @@ def _noting_signals(folder: Path) -> Iterator[None]:
 
     The first of them asks all runs to save and end, the second kills them.
     """
+    with _handling(lambda *_: (folder / str(_stops(folder))).touch()):
+        yield
 
-    def note(*_: object) -> None:
-        (folder / str(_stops(folder))).touch()
 
-    previous = {number: signal.signal(number, note) for number in ENDS}
+@contextlib.contextmanager
+def _handling(handler: Callable[[int, Any], object]) -> Iterator[None]:
+    previous = {number: signal.signal(number, handler) for number in ENDS}
     try:
         yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for number, before in previous.items():
+            signal.signal(number, before)
 
 
 def _stops(signals: Path) -> int:

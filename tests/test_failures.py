@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from lra.batches import Batches
 from lra.compose import load
 from lra.evaluate import evaluate
 from lra.run import evaluate_again, run
+from lra.signals import StopSignals
 from lra.train import Trainer
 from models.classifier import Classifier
 
@@ -463,6 +465,23 @@ main(["train", *{settings!r}])
     assert run(load(settings)).status == "ok"
     assert record.load(folder).sessions == 2
     assert_same_end(folder, whole)
+
+
+@pytest.mark.parametrize(
+    ("signals", "acts_at_once"),
+    [
+        (["SIGTERM", "SIGTERM"], False),  # of Slurm to all of a job, and of what started the run
+        (["SIGUSR2", "SIGTERM"], False),  # its time is up, and it is queued again
+        (["SIGINT", "SIGINT"], True),
+    ],
+)
+def test_only_a_second_ctrl_c_does_not_wait_for_the_run_to_save(signals, acts_at_once):
+    with StopSignals(lambda _: None) as stop:
+        stop.deferred = True
+        with pytest.raises(KeyboardInterrupt) if acts_at_once else nullcontext():
+            for name in signals:
+                signal.raise_signal(signal.Signals[name])
+        assert stop.signal == signals[0]
 
 
 def test_a_signal_that_is_heeded_leaves_no_thread_and_no_pipe(smoke, interrupt):

@@ -142,6 +142,23 @@ def test_a_run_killed_in_a_sweep_is_recorded_and_the_next_one_runs(tmp_path, cac
     assert record.load(folder_of([*overrides, "seed=1", "attention=softmax"])).status == "ok"
 
 
+def test_the_run_of_a_sweep_that_is_killed_saves_and_the_same_command_goes_on(
+    tmp_path, cache, environment, uninterrupted
+):
+    overrides = long_run(tmp_path, cache)
+    sweep = start(["-m", *overrides], environment, tmp_path)
+    folder = folder_of(overrides)
+    wait_for_lines(folder / "metrics.jsonl", 2, sweep)
+    sweep.kill()
+    sweep.communicate(timeout=10)
+    again = start(["-m", *overrides], environment, tmp_path)  # waits for the run to have saved
+    output, _ = again.communicate(timeout=90)
+    assert again.returncode == 0, output
+    assert "goes on from step" in output
+    assert "SIGTERM received" in (folder / "log.txt").read_text()
+    assert_same_end(folder, uninterrupted)
+
+
 def test_ctrl_c_in_a_sweep_saves_the_run_and_ends_the_sweep(tmp_path, cache, environment):
     overrides = long_run(tmp_path, cache)
     # As shells start background jobs: with the signal ignored.

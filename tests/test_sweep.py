@@ -4,15 +4,16 @@ import json
 import shutil
 import subprocess
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 from omegaconf import OmegaConf
 from test_run import folder_of
 
-from lra import record
-from lra.compose import load, load_jobs, sweep_files
-from lra.plan import dry_run, plan
-from lra.run import run
+from lra import record, slurm
+from lra.compose import conf_dir, load, load_jobs, sweep_files
+from lra.plan import dry_run, plan, where
+from lra.run import run, run_folder
 from lra.sweep import sweep
 from lra.tasks import TASKS
 from lra.tasks.base import Task
@@ -82,6 +83,47 @@ def test_joblib_has_two_runs_at_once_unless_told_otherwise():
     assert load(["launch=joblib"]).runs_at_once == 2
     assert load(["launch=joblib", "runs_at_once=4"]).runs_at_once == 4
     assert load([]).runs_at_once == 1
+
+
+@pytest.mark.parametrize(
+    ("launch", "package"), [("slurm", "submitit"), ("ray", "ray"), ("joblib", "joblib")]
+)
+def test_a_launcher_is_composed_or_says_what_to_type_to_install_it(launch, package):
+    if find_spec(f"hydra_plugins.hydra_{package}_launcher"):
+        assert load([f"launch={launch}"]).device == ("cuda" if launch == "slurm" else "auto")
+    else:
+        with pytest.raises(
+            ValueError, match=rf"^launch={launch} needs a package .*'\.\[{launch}\]'"
+        ):
+            load([f"launch={launch}"])
+
+
+def test_every_launcher_has_a_page_that_its_config_names():
+    for launch in ("slurm", "ray"):
+        text = (conf_dir() / "launch" / f"{launch}.yaml").read_text()
+        assert f"{launch}.md says" in " ".join(text.replace("#", "").split())
+        assert f"launch={launch}" in (conf_dir() / "launch" / f"{launch}.md").read_text()
+
+
+def test_without_sbatch_nothing_is_submitted(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ValueError, match="submits jobs with sbatch, which is not on PATH here"):
+        slurm.wait_for(lambda: pytest.fail("it was called"))
+
+
+def test_runs_of_a_cluster_are_planned_where_there_is_no_gpu(smoke, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    asked = load(smoke("device=cuda", "precision=bf16"))
+    with pytest.raises(ValueError, match="device=cuda is not there"):
+        run_folder(asked)
+    for there in (["launch=slurm"], ["launch=ray", "hydra.launcher.ray.init.address=auto"]):
+        with where(there):
+            assert run_folder(asked) == asked.folder("bf16", "cuda")
+            with pytest.raises(ValueError, match="say precision=bf16"):
+                run_folder(load(smoke("device=cuda")))
+    with where(["launch=ray"]), pytest.raises(ValueError, match="is not there"):  # of this machine
+        run_folder(asked)
 
 
 def test_tasks_without_data_are_named_once_and_left_out(smoke, tmp_path, caplog):
