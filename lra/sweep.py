@@ -90,9 +90,10 @@ def _launch(overrides: Sequence[str], runs: Sequence["Planned"]) -> bool:
     jobs = [run.job for run in runs]
     store_groups(list(overrides))
     of_hydra = [override for override in overrides if override.startswith(("hydra.", "hydra/"))]
-    # What conf/launch/ asks for a run.
-    gpus = lambda device: int(resolve_device(device).type == "cuda")  # noqa: E731
-    OmegaConf.register_new_resolver("gpus", gpus, replace=True)
+    # GPUs of a run, as conf/launch/ asks for them.
+    OmegaConf.register_new_resolver(
+        "gpus", lambda device: int(resolve_device(device).type == "cuda"), replace=True
+    )
     with initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"), where(overrides):
         hydra = GlobalHydra.instance().hydra
         config = hydra.compose_config(
@@ -153,8 +154,8 @@ def _run(_: Any, signals: Path | None, starter: tuple[str, int], folders: Sequen
                 if told > 1 and signals:
                     process.kill()
                 elif told > asked:
-                    process.send_signal(received[0] if received else signal.SIGINT)
-                asked = told  # it saves and ends
+                    process.send_signal(received[0] if received else signal.SIGINT)  # it saves
+                asked = told
                 time.sleep(LOOK_SECONDS)
         finally:  # what ends the job ends the run
             _end(process)
