@@ -142,7 +142,8 @@ def _run(_: Any, signals: Path | None, starter: tuple[str, int], folders: Sequen
         def stops() -> int:
             return max(len(received), _stops(signals) if signals else 0)
 
-        _wait_for_lock(folders[HydraConfig.get().job.num], stops)
+        if ranks.leads():
+            _wait_for_lock(folders[HydraConfig.get().job.num], stops)
         if stops():
             return
         overrides = list(HydraConfig.get().overrides.task)
