@@ -7,12 +7,7 @@ const DASHES = { "-": [], "--": [6, 4], ":": [2, 3] };
 function colours() {
   const style = getComputedStyle(document.documentElement);
   const named = (name) => style.getPropertyValue(name).trim();
-  return {
-    text: named("--text"),
-    faint: named("--faint"),
-    line: named("--line"),
-    panel: named("--panel"),
-  };
+  return { text: named("--text"), faint: named("--faint"), line: named("--line") };
 }
 
 // Black is softmax's colour, and the text's.

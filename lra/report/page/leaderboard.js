@@ -120,7 +120,7 @@ function draw() {
   if (byId("search").value !== state.find) byId("search").value = state.find;
   byId("published").checked = state.published;
   byId("modified").checked = state.modified;
-  drawAttentions(shown);
+  drawAttentions();
   drawTable("main", shown);
   const beside = protocol().beside;
   drawTable("beside", state.published ? beside : null);
@@ -144,7 +144,7 @@ function drawTable(place, table) {
   }
 }
 
-function drawAttentions(shown) {
+function drawAttentions() {
   const names = [
     ...new Set(protocol().views.flatMap(({ rows }) => rows.map((row) => row.attention))),
   ]
@@ -174,36 +174,18 @@ function drawAttentions(shown) {
 
 function drawFigures(shown) {
   const { looks } = protocol();
-  const rows = shown.rows.filter((row) => row.runs && isShown(row));
+  const rows = new Set(shown.rows.filter((row) => row.runs && isShown(row)));
   // Runs bear the label of their row in the table of the task, which tells no device.
   const labels = new Set(
-    rows.flatMap((row) => [row.label, ...row.runs.map((place) => data.runs[place].label)]),
+    [...rows].flatMap((row) => [row.label, ...row.runs.map((place) => data.runs[place].label)]),
   );
+  drawKey([...labels].sort(), looks);
   const visible = new Set([...labels].filter((label) => !state.hidden.has(label)));
-  const theme = colours();
-  const keys = [...labels].sort().map((label) => {
-    const swatch = element("span", { class: "swatch" });
-    swatch.style.borderTopColor = colourOf(looks[label], theme);
-    swatch.style.borderTopStyle = { "-": "solid", "--": "dashed", ":": "dotted" }[
-      looks[label].linestyle
-    ];
-    const toggle = () => {
-      const hidden = new Set(state.hidden);
-      if (!hidden.delete(label)) hidden.add(label);
-      change({ hidden });
-    };
-    return element(
-      "button",
-      { type: "button", "aria-pressed": String(visible.has(label)), on: { click: toggle } },
-      swatch,
-      element("span", { text: label }),
-    );
-  });
-  replace(byId("key"), keys);
+  const given = { looks, rows, shown: visible, settings: state, onOpen: openRuns };
   charts.forEach((chart) => chart.destroy());
   charts = [];
-  const given = { looks, rows: new Set(rows), shown: visible, settings: state, onOpen: openRuns };
-  const place = (draw, name, wide) => {
+  byId("charts").replaceChildren();
+  const place = (name, wide, draw) => {
     const canvas = element("canvas", { role: "img", "aria-label": name });
     const box = element("div", { class: wide ? "chart wide" : "chart" }, canvas);
     byId("charts").append(box);
@@ -211,19 +193,34 @@ function drawFigures(shown) {
     if (chart) charts.push(chart);
     else box.remove();
   };
-  byId("charts").replaceChildren();
-  if (shown.circles.length)
-    place(
-      (canvas) => tradeoff(canvas, shown, given),
-      `${shown.title}: score against speed and memory; the table above has the figures`,
-      true,
-    );
-  for (const panel of shown.panels)
-    place(
-      (canvas) => curves(canvas, panel, data.runs, given),
-      `${panel.title}: learning curves`,
-      shown.panels.length === 1,
-    );
+  if (shown.circles.length) {
+    const name = `${shown.title}: score, speed and memory, which the table tells too`;
+    place(name, true, (canvas) => tradeoff(canvas, shown, given));
+  }
+  for (const panel of shown.panels) {
+    const name = `${panel.title}: learning curves; a run's record has its evaluations`;
+    place(name, shown.panels.length === 1, (canvas) => curves(canvas, panel, data.runs, given));
+  }
+}
+
+// Draws what tells the rows in the figures apart; a click takes one out, or in again.
+function drawKey(labels, looks) {
+  const theme = colours();
+  const borders = { "-": "solid", "--": "dashed", ":": "dotted" };
+  const keys = labels.map((label) => {
+    const swatch = element("span", { class: "swatch" });
+    swatch.style.borderTopColor = colourOf(looks[label], theme);
+    swatch.style.borderTopStyle = borders[looks[label].linestyle];
+    const toggle = () => {
+      const hidden = new Set(state.hidden);
+      if (!hidden.delete(label)) hidden.add(label);
+      change({ hidden });
+    };
+    const pressed = { "aria-pressed": String(!state.hidden.has(label)), on: { click: toggle } };
+    const name = element("span", { text: label });
+    return element("button", { type: "button", ...pressed }, swatch, name);
+  });
+  replace(byId("key"), keys);
 }
 
 // Record
@@ -261,8 +258,7 @@ byId("published").addEventListener("change", (event) =>
 );
 byId("modified").addEventListener("change", (event) => change({ modified: event.target.checked }));
 document.addEventListener("click", (event) => {
-  if (event.isTrusted && !byId("attentions").contains(event.target))
-    byId("attentions").open = false;
+  if (!byId("attentions").contains(event.target)) byId("attentions").open = false;
 });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
 window.addEventListener("hashchange", () => {
