@@ -337,10 +337,11 @@ def evaluate_again(folder: Path) -> tuple[Record, Score]:
     prepared = task.prepare(hashes="splits")
     _check_data(prepared.manifest, folder, finished.task.get("data_hash"))
     finished.steps = saved["state"].step
-    data = Batches(prepared.splits["test"], device)
+    precision = finished.precision["name"]
+    data = Batches(prepared.splits["test"], device, precision=precision)
     data.evaluation_tokens = saved["state"].evaluation_tokens
-    precision = autocast(device, finished.precision["name"])
-    score, _ = evaluate(model.to(device), data, precision, validation.step)
+    computed = autocast(device, precision)
+    score, _ = evaluate(model.to(device), data, computed, validation.step)
     return finished, score
 
 
