@@ -154,7 +154,7 @@ def output_is_weights_times_values(subject: Subject) -> Worst:
     worst = Worst(EXACT)
 
     def compare(where: str, call: Call) -> None:
-        worst.compare(call.out(), call.reference(), call.unit(), where)
+        worst.compare(call.out(), call.oracle.output, call.unit(), where)
 
     for d in HEAD_DIMS:
         for where, call in subject.calls(subject.build(d), (1, 7, 65), ((1, 7), (65, 3))):
@@ -191,7 +191,7 @@ def _against_float64(subject: Subject, dtype: torch.dtype, autocast: bool) -> Wo
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 out = rounded.out()
             reference = rounded.to(torch.float64, exact)
-            expected, unit = reference.reference() * rows, reference.unit()
+            expected, unit = reference.oracle.output * rows, reference.unit()
             worst.compare(out * rows, expected, unit, f"{where}, {inputs}")
             if out.dtype != inputs and not autocast:
                 worst.note(math.inf, f"{where}: the output is {out.dtype}")
@@ -225,9 +225,8 @@ def long_sequences_lose_nothing(subject: Subject) -> Worst:
 
 def _compare_sums(worst: Worst, out: Tensor, exact: Call, where: str) -> None:
     """Notes errors in units of all that is summed up: for a distribution, the output itself."""
-    expected = exact.reference()
-    summed = exact.weights().abs() @ exact.v.abs()
-    unit = torch.maximum(summed, expected.abs().amax(-1, True))
+    weights, expected = exact.oracle
+    unit = torch.maximum(weights.abs() @ exact.v.abs(), expected.abs().amax(-1, True))
     worst.compare(out, expected, unit, where)
 
 
