@@ -74,7 +74,9 @@ def long_sequences_lose_nothing(subject: Subject) -> Worst:
     worst = Worst(torch.finfo(torch.bfloat16).eps)
     n, at = 2048, torch.arange(2048)
     masks = torch.stack([at >= 0, at < 32, at >= n - 32])
-    attention, exact = (subject.build(heads=1, dtype=t) for t in (torch.float32, torch.float64))
+    attention, exact = (
+        subject.build(heads=1, max_len=n, dtype=t) for t in (torch.float32, torch.float64)
+    )
     for pattern in ("self", "causal"):
         if pattern not in subject.able.patterns:
             continue

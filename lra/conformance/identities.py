@@ -32,7 +32,7 @@ def masked_tokens_before_change_nothing(subject: Subject) -> Worst:
     needs_identity(subject, "position shift")
     needs("causal" in subject.able.patterns, "no causal form")
     needs_exact_masks(subject)
-    worst, attention = Worst(EXACT), subject.build()
+    worst, attention = Worst(EXACT), subject.build(max_len=2048)
     call = subject.call(attention, 65, causal=True)
     out, unit = call.out(), call.unit()
     for shift in (1, 70, 900, 1800):

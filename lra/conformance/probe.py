@@ -20,6 +20,9 @@ GARBAGE = 1e4
 LONG = 400
 """A length past any chunk or block; from there on, only two kinds of masks are tried."""
 
+ROOM = 640
+"""Positions of an instance: `LONG`, and what checks append. A table of more costs time alone."""
+
 
 class MixerAsAttention(nn.Module):
     """A mixer of the values, called as an attention of one head whose queries and keys are idle.
@@ -76,7 +79,7 @@ class Subject:
         head_dim: int = 8,
         *,
         heads: int = 2,
-        max_len: int = 2048,
+        max_len: int = ROOM,
         dtype: torch.dtype = torch.float64,
         seed: int = 0,
         training: bool = False,

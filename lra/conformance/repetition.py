@@ -27,8 +27,9 @@ def reduced_steps_are_float64(subject: Subject) -> Worst:
     """In bf16 the state does not lose what the tokens have: sums are in float32."""
     needs(subject.able.recurrent, "no recurrent form")
     worst = Worst(torch.finfo(torch.bfloat16).eps)
-    attention, exact = subject.build(dtype=torch.float32), subject.build()
-    call = subject.call(exact, 1024, causal=True, batch=1).similar()
+    n = 1024
+    attention, exact = (subject.build(max_len=n, dtype=t) for t in (torch.float32, torch.float64))
+    call = subject.call(exact, n, causal=True, batch=1).similar()
     tokens = replace(call, v=call.v.abs()).to(torch.bfloat16, attention)
     with torch.autocast("cpu", torch.bfloat16):
         [out] = _by_steps([tokens])
