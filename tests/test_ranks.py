@@ -9,6 +9,7 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
+from forked import Forked
 from test_processes import wait_for_lines
 from test_run import folder_of, metrics_without_time
 
@@ -33,14 +34,10 @@ def start(count, arguments, environment, cwd):
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return [
-        subprocess.Popen(
-            [sys.executable, "-m", "lra", "train", *arguments],
-            env=environment | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=cwd,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
+        Forked(
+            arguments,
+            environment | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd,
         )
         for rank in range(count)
     ]
