@@ -3,53 +3,14 @@
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 from conftest import ROOT
-from forked import Forked
+from processes import Forked, children, start, wait_for_lines
 from test_run import assert_same_end, folder_of
 
 from lra import record
-
-
-def start(arguments, environment, cwd):
-    """Starts `lra train` as a user does."""
-    # A session of its own: signals go to this process and not to the tests.
-    return subprocess.Popen(
-        [sys.executable, "-m", "lra", "train", *arguments],
-        env=environment,
-        cwd=cwd,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def wait_for_lines(path, count, process, seconds=60):
-    """Waits until a file has so many lines; fails if the process ends before."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if path.exists() and len(path.read_text().splitlines()) >= count:
-            return
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.005)
-    raise AssertionError(f"{path} never had {count} lines")
-
-
-def children(pid):
-    """Returns the processes that a process has started, with their command lines."""
-    listed = subprocess.run(
-        ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(pid)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    lines = (line.strip().partition(" ") for line in listed.stdout.splitlines())
-    return {int(child): command for child, _, command in lines}
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,11 @@
-"""`lra train` in processes of their own, forked from one that has imported what it needs."""
+"""`lra train` in processes: started as a user does, or forked from one that has imported all."""
 
 import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -13,8 +14,22 @@ PRELOADED = ["lra.sweep", "lra.tune", "models.attention.softmax", "pyarrow", "to
 """Importing them takes longer than what tests run; every optimiser imports the last one."""
 
 
+def start(arguments, environment, cwd, program=(sys.executable,)):
+    """Starts `lra train` as a user does."""
+    # A session of its own: signals go to this process and not to the tests.
+    return subprocess.Popen(
+        [*program, "-m", "lra", "train", *arguments],
+        env=environment,
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
 class Forked:
-    """A process of `lra train`, to be handled like `subprocess.Popen`.
+    """A process of `lra train` that starts at once, to be handled like `subprocess.Popen`.
 
     Args:
         arguments: Those of the command line.
@@ -66,3 +81,26 @@ def _call(arguments, environment, cwd, output):
 
     sys.argv = ["lra", "train", *arguments]
     main(sys.argv[1:])
+
+
+def wait_for_lines(path, count, process, seconds=60):
+    """Waits until a file has so many lines; fails if the process ends before."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if path.exists() and len(path.read_text().splitlines()) >= count:
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.005)
+    raise AssertionError(f"{path} never had {count} lines")
+
+
+def children(pid):
+    """Returns the processes that a process has started, with their command lines."""
+    listed = subprocess.run(
+        ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(pid)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    lines = (line.strip().partition(" ") for line in listed.stdout.splitlines())
+    return {int(child): command for child, _, command in lines}
