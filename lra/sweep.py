@@ -20,7 +20,7 @@ from hydra.core.hydra_config import HydraConfig
 from lra import ranks, record
 from lra.compose import conf_dir, load, store_groups
 from lra.files import is_locked
-from lra.signals import ENDS, TIME_IS_UP
+from lra.signals import TIME_IS_UP, handled
 from lra.text import aligned
 
 if TYPE_CHECKING:
@@ -215,7 +215,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 def _receiving() -> Iterator[list[int]]:
     """Gives the list of signals that come to this process, of those that end a run."""
     received: list[int] = []
-    with _handling(lambda number, _: received.append(number)):
+    with handled(lambda number, _: received.append(number)):
         yield received
     signal.signal(signal.SIGINT, lambda *_: None)  # of the terminal; the sweep notes it
 
@@ -226,18 +226,8 @@ def _noting_signals(folder: Path) -> Iterator[None]:
 
     The first of them asks all runs to save and end, the second kills them.
     """
-    with _handling(lambda *_: (folder / str(_stops(folder))).touch()):
+    with handled(lambda *_: (folder / str(_stops(folder))).touch()):
         yield
-
-
-@contextlib.contextmanager
-def _handling(handler: Callable[[int, Any], object]) -> Iterator[None]:
-    previous = {number: signal.signal(number, handler) for number in ENDS}
-    try:
-        yield
-    finally:
-        for number, before in previous.items():
-            signal.signal(number, before)
 
 
 def _stops(signals: Path) -> int:
