@@ -19,6 +19,7 @@ examples:
   lra train -m 'task=glob(*)' 'attention=glob(*)' seed=0,1,2 --dry-run
   lra status
   lra eval runs/quick/listops/softmax/s0-1a2b3c4d
+  lra maps runs/quick/listops/softmax/s0-1a2b3c4d runs/quick/listops/rfa/s0-5e6f7a8b
   lra bench attention=softmax,cosformer lengths=1024,2048
   lra report
   lra compare softmax cosformer --protocol quick
@@ -197,6 +198,9 @@ def _other(arguments: list[str]) -> int:
     commands.add_parser("bench", help="measure speed and memory by length", add_help=False)
     command = commands.add_parser("eval", help="score a run's checkpoint on the test set again")
     command.add_argument("folder", type=Path, metavar="RUN_FOLDER")
+    command = commands.add_parser("maps", help="draw the attention of runs with a checkpoint")
+    command.add_argument("folders", type=Path, nargs="+", metavar="RUN_FOLDER")
+    command.add_argument("--out", type=Path, default=Path("results"), help="folder to write to")
     command = commands.add_parser("report", help="write the tables of all runs to results/")
     command.add_argument(
         "--runs", type=Path, nargs="+", default=[Path("runs")], help="folders of runs"
@@ -236,6 +240,11 @@ def _other(arguments: list[str]) -> int:
         return int(end.code or 0)
     if given.command == "eval":
         return _evaluate(given.folder)
+    if given.command == "maps":
+        from lra.maps import write
+
+        write(given.folders, given.out)
+        return 0
     if given.command == "status":
         return _status(given.what)
     if given.command == "report":
@@ -304,7 +313,8 @@ def _report(given: argparse.Namespace) -> int:
 
 
 def _evaluate(folder: Path) -> int:
-    from lra.run import describe, evaluate_again
+    from lra.kept import evaluate_again
+    from lra.run import describe
 
     record, score = evaluate_again(folder)
     print(f"recorded: {describe(record)}")

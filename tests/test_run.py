@@ -12,7 +12,8 @@ import torch
 from lra import record
 from lra.compose import load
 from lra.files import locked
-from lra.run import evaluate_again, new_record, run, run_folder
+from lra.kept import evaluate_again
+from lra.run import new_record, run, run_folder
 from lra.sweep import sweep
 from lra.tasks.base import Task
 from lra.train import Trainer

@@ -15,12 +15,14 @@ from lra.report.store import read
 def write(runs: Sequence[Path], out: Path) -> list[Path]:
     """Writes the leaderboard and the figures of every protocol, and prints the leaderboards.
 
-    Tables of what `lra bench` has left in ``out`` are written again.
+    Tables of what `lra bench` has left in ``out`` are written again, and from both the page of the
+    seed papers' claims.
 
     Args:
         runs: Folders of runs, one's own and others'; every ``record.json`` below them is read.
         out: The folder to write to: ``leaderboard-<protocol>.{md,csv,tex}``,
-            ``curves-<protocol>.png``, ``seeds-<protocol>.png`` and ``tradeoff-<protocol>.png``.
+            ``curves-<protocol>.png``, ``seeds-<protocol>.png``, ``tradeoff-<protocol>.png`` and
+            ``claims.md``.
 
     Returns:
         The CSV files.
@@ -34,11 +36,16 @@ def write(runs: Sequence[Path], out: Path) -> list[Path]:
             f"There is no record below {', '.join(map(str, runs))}: train first (lra train), or "
             f"name the folders of your runs with --runs."
         )
-    from lra.report import efficiency, figures  # matplotlib, which lra compare does not need
+    from lra.report import (
+        claims,
+        efficiency,
+        figures,
+    )  # matplotlib, which lra compare does not need
 
-    tables = []
+    tables, boards = [], []
     for protocol in sorted({run.record.protocol for run in found}):
         board = Board([run for run in found if run.record.protocol == protocol])
+        boards.append(board)
         path = out / f"leaderboard-{protocol}"
         markdown = pages.markdown(board)
         write_text(path.with_suffix(".md"), markdown)
@@ -47,6 +54,8 @@ def write(runs: Sequence[Path], out: Path) -> list[Path]:
         write_text(path.with_suffix(".tex"), pages.tex(board))
         drawn = figures.write(board, out)
         print(f"{markdown}\nwritten to {path}.md, .csv and .tex; {', '.join(map(str, drawn))}")
-    for path in sorted(out.glob("efficiency-*.jsonl")):
+    stores = sorted(out.glob("efficiency-*.jsonl"))
+    for path in stores:
         efficiency.write(path)
+    claims.write(boards, stores, out)
     return tables
