@@ -50,13 +50,13 @@ class Head:
 
     Attributes:
         matrix: Attention on the grid.
-        exact: What the attention estimates, on the grid; stays 0 where it estimates nothing.
+        exact: Attention by the kernel that random features estimate, on the grid; 0 without any.
         near: Weight of near keys, mean over queries.
         entropy: Of the weights, mean over queries, 1 where all keys have the same; None once a
             weight was negative.
-        total: Sum of the weights, mean over queries.
-        error: Half the sum of the absolute differences of attention and what it estimates (0: the
-            same weights; 1: no key in common), mean over queries; None if it estimates nothing.
+        total: Sum of the weights, mean over queries; less than 1 where queries have no feature.
+        error: Half the absolute differences to it (0: the same weights; 1: no key in common), mean
+            over queries; None without any.
     """
 
     matrix: Tensor = field(default_factory=_grid)
@@ -93,8 +93,8 @@ def write(folders: Sequence[Path], out: Path) -> Path:
         The PNG file.
 
     Raises:
-        ValueError: If a folder has no checkpoint, says what to type; if runs are of different
-            tasks or data; or if a mechanism has no attention matrix.
+        ValueError: If a folder has no checkpoint (with what to type), if runs are of different
+            tasks or data, or if a mechanism has no attention matrix.
     """
     runs = [restore(folder) for folder in folders]
     _check_same_data(folders, runs)
@@ -123,8 +123,8 @@ def write(folders: Sequence[Path], out: Path) -> Path:
     write_text(path.with_suffix(".csv"), text.getvalue())
     print(
         f"\nnear: weight of keys within {NEAR:.0%} of the length; entropy: 1 where all keys have "
-        f"the same weight;\nsum: of a query's weights; error: half the absolute differences from "
-        f"what is estimated.\nwritten to {path} and .csv"
+        f"the same weight;\nsum: of a query's weights; error: half the absolute differences to "
+        f"the exact kernel.\nwritten to {path} and .csv"
     )
     return path
 
@@ -162,7 +162,7 @@ def _sequences(
     causal: bool,
     hidden: Tensor | None,
 ) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
-    """Yields matrix, what it estimates and re-weighting (H, n, n) of sequences without padding."""
+    """Yields matrix, exact kernel and re-weighting (H, n, n) of sequences without padding."""
     context = Context(key_mask, causal, hidden)
     matrices = (
         attention.weights(q, k, key_mask, causal, hidden),

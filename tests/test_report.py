@@ -669,7 +669,7 @@ def test_the_same_records_give_the_same_bytes_whenever_they_were_written(tmp_pat
     first = written(tmp_path / "a", order)
     assert written(tmp_path / "b", reversed(order)) == first
     assert written(tmp_path / "a", order) == first
-    assert len(first) == 9  # three leaderboards and figures of the seeds of two protocols, and
+    assert len(first) == 10  # three leaderboards and figures of the seeds of two protocols, claims,
     assert "tradeoff-quick.png" in first
 
 

@@ -34,7 +34,7 @@ class Panels:
         name: What the run is called.
         heads: What each matrix is of.
         matrices: Mean attention.
-        exact: What it estimates; None if nothing.
+        exact: Attention by the kernel that it estimates; None if it estimates none.
         errors: How far each matrix is from what it estimates.
         reweighting: What re-weights similarities by position, from 0 to 1; None if nothing.
     """
@@ -69,7 +69,7 @@ def _rows(runs: Sequence[Panels]) -> list[_Row]:
         below = [f"error {error:.2f}" for error in run.errors]
         rows.append(_Row(run.name, run.matrices, below, run.reweighting))
         if run.exact is not None:
-            rows.append(_Row(f"what {run.name}\nestimates", run.exact, []))
+            rows.append(_Row(f"{run.name},\nexact kernel", run.exact, []))
     return rows
 
 
@@ -107,7 +107,7 @@ def _figure(title: str, runs: Sequence[Panels]) -> Figure:
             _bar(figure, shade, place, [0, 0.5, 1])
     place = axes(LEFT, TOP + len(rows) * STEP + 0.05, columns * STEP - STEP + SIDE, BAR)
     ticks = [t for t in TICKS if norm.vmin <= t <= norm.vmax]
-    bar = _bar(figure, drawn, place, ticks, extend="both")
+    bar = _bar(figure, drawn, place, ticks, extend="both", extendfrac=0.02)
     bar.set_label("weight of a key, in multiples of even attention", fontsize=8)
     figure.suptitle(
         f"{title}\nqueries downwards, keys to the right, both by relative position",
