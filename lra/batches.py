@@ -24,6 +24,12 @@ Measured with the `nystrom` models: activations of that size stay in cache.
 CPU_PIECES = 4
 """Micro-batches on CPU, at least, where lengths differ: more save less padding than they cost."""
 
+WIDTH_MULTIPLE = 64
+"""Padded lengths are multiples of this in bf16 on CPU, up to the longest of the split.
+
+A matrix product of a new shape is compiled there, which takes longer than to compute it.
+"""
+
 GPU_EVALUATION_TOKENS = 2**16
 """Padded tokens of an evaluation batch on a GPU; on CPU it is a micro-batch's."""
 
@@ -54,6 +60,7 @@ class Batches:
         device: Where they go, once.
         share: (i, n): of a batch, or of the split in evaluation, every n-th example from the i-th
             on, in order of length, so that all shares cost the same.
+        precision: What the model computes in, fp32 or bf16.
 
     Attributes:
         evaluation_tokens: Padded tokens of an evaluation batch; None for as many as the device is
@@ -62,13 +69,22 @@ class Batches:
 
     evaluation_tokens: int | None = None
 
-    def __init__(self, split: Split, device: torch.device, share: tuple[int, int] = (0, 1)) -> None:
+    def __init__(
+        self,
+        split: Split,
+        device: torch.device,
+        share: tuple[int, int] = (0, 1),
+        precision: str = "fp32",
+    ) -> None:
         self._share = slice(share[0], None, share[1])
         self.lengths = split.lengths
+        self._sequences = 1 if split.lengths.ndim == 1 else split.lengths.shape[1]
+        longest = split.lengths if split.lengths.ndim == 1 else split.lengths.max(1)
+        if (device.type, precision) == ("cpu", "bf16"):
+            rounded = -(-longest // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+            longest = np.minimum(rounded, longest.max(initial=0))
         # Padded tokens that an example asks for: its longest sequence, as often as it has some.
-        self.widths = split.lengths
-        if split.lengths.ndim == 2:
-            self.widths = split.lengths.shape[1] * split.lengths.max(1)
+        self.widths = self._sequences * longest
         self._starts = split.starts
         # Copied: the memory map is read-only, and the copy is what the device holds anyway.
         self._tokens = torch.from_numpy(np.array(split.tokens)).to(device)
@@ -83,7 +99,7 @@ class Batches:
     def gather(self, indices: np.ndarray) -> MicroBatch:
         """Returns the examples ``indices`` as one micro-batch."""
         lengths = self.lengths[indices]
-        width = int(lengths.max())
+        width = int(self.widths[indices].max()) // self._sequences
         starts = torch.from_numpy(self._starts[indices]).to(self._device)[..., None]
         positions = torch.arange(width, device=self._device)
         if int(lengths.min()) == width:

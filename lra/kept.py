@@ -95,8 +95,9 @@ def evaluate_again(folder: Path) -> tuple[Record, Score]:
     """
     kept = restore(folder)
     kept.record.steps = kept.last_step
-    data = Batches(kept.prepared.splits["test"], kept.device)
+    precision = kept.record.precision["name"]
+    data = Batches(kept.prepared.splits["test"], kept.device, precision=precision)
     data.evaluation_tokens = kept.evaluation_tokens
-    precision = autocast(kept.device, kept.record.precision["name"])
-    score, _ = evaluate(kept.model, data, precision, kept.step)
+    computed = autocast(kept.device, precision)
+    score, _ = evaluate(kept.model, data, computed, kept.step)
     return kept.record, score

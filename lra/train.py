@@ -102,7 +102,7 @@ class Trainer:
         self.clock = clock
         share = (ranks.index(), ranks.count())
         self.data = {
-            name: Batches(split, device, share)
+            name: Batches(split, device, share, record.precision["name"])
             for name, split in prepared.splits.items()
             if name != "test" or config.trial_of is None
         }

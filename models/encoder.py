@@ -106,7 +106,28 @@ class MultiHeadAttention(nn.Module):
     def _projected(self, x: Tensor) -> tuple[Tensor, ...]:
         """Returns queries, keys (unless queries serve as keys) and values, (B, H, N, D) each."""
         projected = self.project(x).unflatten(-1, (self.parts, self.heads, -1))
-        return projected.permute(2, 0, 3, 1, 4).unbind(0)
+        return _Unbound.apply(projected.permute(2, 0, 3, 1, 4))
+
+
+class _Unbound(torch.autograd.Function):
+    """The parts of a projection (P, B, H, N, D), whose gradients are put together in one copy.
+
+    Those of `unbind` are stacked, and then copied into the order of the projection.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, projected: Tensor) -> tuple[Tensor, ...]:
+        ctx.order = projected.stride()
+        ctx.shape = projected.shape
+        return projected.unbind(0)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        like = next(g for g in gradients)
+        whole = like.new_empty_strided(ctx.shape, ctx.order)
+        for part, gradient in zip(whole, gradients, strict=True):
+            part.copy_(gradient)
+        return whole
 
 
 def token_mixing(shape: EncoderShape, attention: str, options: dict[str, Any]) -> nn.Module:

@@ -389,18 +389,18 @@ pieces_of_a_batch = st.integers(1, 6)
 seeds = st.integers(0, 2**32)
 
 
-def assert_holds_its_examples(batch, split):
+def assert_holds_its_examples(batch, split, multiple=1):
     """Checks a micro-batch against the split, token by token."""
     indices = batch.indices.tolist()
     examples = [split[i] for i in indices]
     lengths = [len(example) for example in examples]
-    width = max(lengths)
+    width = min(-(-max(lengths) // multiple) * multiple, split.lengths.max())
     assert batch.tokens.shape == (len(indices), width)
     assert batch.tokens.dtype == torch.int32
     assert batch.labels.dtype == batch.indices.dtype == torch.int64
     assert batch.labels.tolist() == split.labels[indices].tolist()
     assert batch.num_tokens == sum(lengths)
-    assert (batch.key_mask is None) == (len(set(lengths)) == 1)
+    assert (batch.key_mask is None) == (min(lengths) == width)
     for row, example in zip(batch.tokens.tolist(), examples, strict=True):
         assert row == example.tolist() + [0] * (width - len(example))
     if batch.key_mask is not None:
@@ -445,6 +445,19 @@ def test_micro_batches_hold_their_examples_in_order_of_length(split, batch_size,
         assert_holds_its_examples(piece, split)
     lengths = [len(split[index]) for index in indices_of(batch)]
     assert lengths == sorted(lengths, reverse=True)
+
+
+@given(splits, batch_sizes, pieces_of_a_batch, seeds)
+@deterministic
+def test_in_bf16_on_cpu_few_widths_recur(split, batch_size, pieces, seed):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batches_module, "WIDTH_MULTIPLE", 8)
+        data = Batches(split, CPU, precision="bf16")
+    batch = data.training(0, batch_size, pieces, seed)
+    exact = Batches(split, CPU).training(0, batch_size, pieces, seed)
+    assert sorted(indices_of(batch)) == sorted(indices_of(exact))
+    for piece in [*batch, *data.evaluation()]:
+        assert_holds_its_examples(piece, split, multiple=8)
 
 
 @given(splits, st.integers(1, 200))

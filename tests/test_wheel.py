@@ -73,7 +73,10 @@ def test_the_wheel_has_all_sources_and_all_of_conf_and_nothing_else(sources, whe
     files = [path.relative_to(sources) for name in PACKAGED for path in (sources / name).rglob("*")]
     expected = {str(path) for path in files if path.suffix == ".py"}
     expected |= {str(path) for path in files if path.suffix == ".csv"}
-    expected |= {f"lra/{path}" for path in files if path.suffix in (".yaml", ".md")}
+    page = Path("lra", "report", "page")
+    expected |= {str(path) for path in files if page in path.parents and path.suffix}
+    conf = [path for path in files if path.parts[0] == "conf"]
+    expected |= {f"lra/{path}" for path in conf if path.suffix in (".yaml", ".md")}
     assert {"lra/cli.py", "models/encoder.py", "lra/conf/config.yaml"} <= expected
     names = zipfile.ZipFile(wheel).namelist()
     assert {name for name in names if ".dist-info/" not in name} == expected

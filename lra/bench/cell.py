@@ -109,7 +109,7 @@ def classifying(cell: Cell, device: torch.device, job: Job) -> Figures:
     """Measures a training step, or a forward pass, of a classifier of byte-level text."""
     given, train = cell.conditions, cell.mode == "train"
     split = examples(given.batch, cell.length, given.filled)
-    data = Batches(split, device)
+    data = Batches(split, device, precision=given.precision)
     pieces = resolve_micro_batches(given.micro_batches, given.batch, data.widths, device)
     precision = autocast(device, given.precision)
     settle(device, train)

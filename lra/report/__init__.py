@@ -21,8 +21,8 @@ def write(runs: Sequence[Path], out: Path) -> list[Path]:
     Args:
         runs: Folders of runs, one's own and others'; every ``record.json`` below them is read.
         out: The folder to write to: ``leaderboard-<protocol>.{md,csv,tex}``,
-            ``curves-<protocol>.png``, ``seeds-<protocol>.png``, ``tradeoff-<protocol>.png`` and
-            ``claims.md``.
+            ``curves-<protocol>.png``, ``seeds-<protocol>.png`` and ``tradeoff-<protocol>.png``,
+            ``leaderboard.html`` of all protocols and ``claims.md``.
 
     Returns:
         The CSV files.
@@ -36,17 +36,14 @@ def write(runs: Sequence[Path], out: Path) -> list[Path]:
             f"There is no record below {', '.join(map(str, runs))}: train first (lra train), or "
             f"name the folders of your runs with --runs."
         )
-    from lra.report import (
-        claims,
-        efficiency,
-        figures,
-    )  # matplotlib, which lra compare does not need
+    # matplotlib, which lra compare does not need
+    from lra.report import claims, efficiency, figures, html
 
-    tables, boards = [], []
-    for protocol in sorted({run.record.protocol for run in found}):
-        board = Board([run for run in found if run.record.protocol == protocol])
-        boards.append(board)
-        path = out / f"leaderboard-{protocol}"
+    names = sorted({run.record.protocol for run in found})
+    boards = [Board([run for run in found if run.record.protocol == name]) for name in names]
+    tables = []
+    for board in boards:
+        path = out / f"leaderboard-{board.protocol}"
         markdown = pages.markdown(board)
         write_text(path.with_suffix(".md"), markdown)
         tables.append(path.with_suffix(".csv"))
@@ -54,6 +51,8 @@ def write(runs: Sequence[Path], out: Path) -> list[Path]:
         write_text(path.with_suffix(".tex"), pages.tex(board))
         drawn = figures.write(board, out)
         print(f"{markdown}\nwritten to {path}.md, .csv and .tex; {', '.join(map(str, drawn))}")
+    write_text(out / "leaderboard.html", html.page(boards))
+    print(f"all of it to look into: {out / 'leaderboard.html'}")
     stores = sorted(out.glob("efficiency-*.jsonl"))
     for path in stores:
         efficiency.write(path)

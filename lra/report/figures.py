@@ -14,7 +14,7 @@ from matplotlib.ticker import LogLocator
 
 from lra.files import write_atomically
 from lra.record import load_metrics
-from lra.report.leaderboard import NOT_LEARNED, Board, Row, TaskTable
+from lra.report.leaderboard import Board, Circle, Row, TaskTable, circles
 
 COLOURS = (
     "#0072b2",
@@ -62,15 +62,15 @@ def curves(board: Board) -> Figure | None:
         return None
     figure = Figure(figsize=(10, 2.9 * len(tables) + 0.9), layout="constrained")
     axes = figure.subplots(len(tables), 2, squeeze=False, sharey="row")
-    styles = _styles(board)
+    looks = styles(board)
     for table, (by_step, by_time) in zip(tables, axes, strict=True):
         for row in table.rows:
             points = _curve(row)
             if not points:
                 continue
             steps, seconds, accuracies = zip(*points, strict=True)
-            by_step.plot(steps, accuracies, **styles[row.label])
-            by_time.plot([s / 60 for s in seconds], accuracies, **styles[row.label])
+            by_step.plot(steps, accuracies, **looks[row.label])
+            by_time.plot([s / 60 for s in seconds], accuracies, **looks[row.label])
         for axis in (by_step, by_time):
             _mark_majority(axis.axhline, table)
         by_step.set_ylabel(f"{table.task}\nvalidation accuracy %")
@@ -93,11 +93,11 @@ def seeds(board: Board) -> Figure | None:
     figure, panels = _panels(
         len(tables), max(sum(row.seeds > 0 for row in table.rows) for table in tables)
     )
-    styles = _styles(board)
+    looks = styles(board)
     for table, axis in zip(tables, panels, strict=True):
         rows = [row for row in table.rows if row.accuracy is not None][::-1]
         for y, row in enumerate(rows):
-            colour = styles[row.label]["color"]
+            colour = looks[row.label]["color"]
             scores = [r.record.test for r in row.runs if r.record.status == "ok" and r.record.test]
             axis.plot([100 * s.accuracy for s in scores], [y] * len(scores), "o", color=colour)
             if row.low is not None and row.high is not None:
@@ -123,35 +123,19 @@ def tradeoff(board: Board) -> Figure | None:
     The form of cosFormer's Figure 1 (Qin et al., ICLR 2022). Speed is the geometric mean over
     tasks where a panel shows the average. Tasks that no row has learned are left out.
     """
-    panels: list[tuple[str, list[tuple[str, float, float, float]]]] = []
-    averages = []
-    for summary in board.summary:
-        cells = [summary.cells.get(i) for i in board.averaged]
-        rows = [cell for cell in cells if cell and cell.speed and cell.peak_bytes]
-        if summary.average is not None and len(rows) == len(board.averaged) > 1:
-            speed = math.exp(mean(math.log(row.speed or 1.0) for row in rows))
-            memory = mean(row.peak_bytes or 0.0 for row in rows)
-            averages.append((summary.label, speed, summary.average, memory))
-    if len(averages) > 1:
-        panels.append((f"average of {len(board.averaged)} tasks", averages))
-    for table in board.tables:
-        circles = [
-            (row.label, row.speed, row.accuracy, row.peak_bytes)
-            for row in table.rows
-            if row.speed and row.accuracy is not None and row.peak_bytes
-        ]
-        learned = any(NOT_LEARNED not in row.marks for row in table.rows if row.seeds)
-        if len(circles) > 1 and learned:
-            panels.append((table.task, circles))
+    every = [(f"average of {len(board.averaged)} tasks", circles(board.summary))]
+    every += [(table.task, circles(table.rows)) for table in board.tables]
+    panels = [(title, shown) for title, shown in every if shown]
     if not panels:
         return None
     figure, axes = _panels(len(panels), 14)
-    styles = _styles(board)
-    for (title, circles), axis in zip(panels, axes, strict=True):
-        largest = max(memory for *_, memory in circles)
-        for label, speed, accuracy, memory in circles:
-            area = LARGEST * memory / largest
-            axis.scatter(speed, accuracy, s=area, color=styles[label]["color"], alpha=0.45)
+    looks = styles(board)
+    for (title, shown), axis in zip(panels, axes, strict=True):
+        largest = max(circle.peak_bytes for circle in shown)
+        for circle in shown:
+            area = LARGEST * circle.peak_bytes / largest
+            colour = looks[circle.label]["color"]
+            axis.scatter(circle.speed, circle.accuracy, s=area, color=colour, alpha=0.45)
         axis.set_xscale("log")
         axis.set_title(f"{title}; largest circle {largest / 1e6:,.0f} MB", fontsize=10)
         axis.set_xlabel("training steps/s, softmax = 1")
@@ -168,8 +152,8 @@ def tradeoff(board: Board) -> Figure | None:
     )
     canvas = FigureCanvasAgg(figure)
     canvas.draw()  # names are placed where the layout has put the circles
-    for (_, circles), axis in zip(panels, axes, strict=True):
-        _name(axis, circles, canvas.get_renderer())
+    for (_, shown), axis in zip(panels, axes, strict=True):
+        _name(axis, shown, canvas.get_renderer())
     return figure
 
 
@@ -191,7 +175,7 @@ def _curve(row: Row) -> list[tuple[int, float, float]]:
     ]
 
 
-def _styles(board: Board) -> dict[str, dict[str, Any]]:
+def styles(board: Board) -> dict[str, dict[str, Any]]:
     """Returns colour and dashes of every row's label, the same in all figures of a board."""
     labels = sorted({row.label for table in board.tables for row in table.rows})
     styles: dict[str, dict[str, Any]] = {}
@@ -249,21 +233,19 @@ def _legend(figure: Figure, axes: list[Axes]) -> None:
     )
 
 
-def _name(
-    axis: Axes, circles: list[tuple[str, float, float, float]], renderer: RendererAgg
-) -> None:
+def _name(axis: Axes, shown: list[Circle], renderer: RendererAgg) -> None:
     """Writes names beside circles, moved up or down until they do not cover one another."""
     frame = axis.get_window_extent(renderer)
-    largest = max(memory for *_, memory in circles)
+    largest = max(circle.peak_bytes for circle in shown)
     taken: list[Any] = []
-    for label, x, y, memory in sorted(circles, key=lambda circle: (circle[2], circle[0])):
-        radius = math.sqrt(LARGEST * memory / largest / math.pi) + 2
+    for circle in sorted(shown, key=lambda circle: (circle.accuracy, circle.label)):
+        radius = math.sqrt(LARGEST * circle.peak_bytes / largest / math.pi) + 2
         for trial in range(24):
             side = 1 if trial % 4 < 2 else -1
             rise = 7 * (trial // 4) * (1 if trial % 2 else -1)
             text = axis.annotate(
-                label,
-                (x, y),
+                circle.label,
+                (circle.speed, circle.accuracy),
                 xytext=(side * radius, rise),
                 textcoords="offset points",
                 fontsize=7,

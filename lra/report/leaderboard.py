@@ -4,6 +4,7 @@ Records of one setting (equal hash) make a row, whatever their seeds; different 
 averaged, and different versions of a task, or different data, never share a table.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import mean, stdev
@@ -126,12 +127,36 @@ class SummaryRow:
         cells: Its row in each table that has one, by the table's place.
         average: Mean accuracy over the averaged tasks, per cent; None unless it has all.
         rank: By average.
+        speed: Geometric mean of the speeds over those of softmax on the averaged tasks, where it
+            has all of them.
+        peak_bytes: Mean peak memory, where there is such a speed.
     """
 
     label: str
     cells: dict[int, Row]
     average: float | None = None
     rank: int | None = None
+    speed: float | None = None
+    peak_bytes: float | None = None
+
+
+@dataclass(frozen=True)
+class Circle:
+    """What one row, of a table or of the summary, is in the figure of score against speed.
+
+    Attributes:
+        place: The row's place among the rows.
+        label: The row's.
+        speed: Training steps per second over those of softmax.
+        accuracy: Per cent.
+        peak_bytes: Peak memory.
+    """
+
+    place: int
+    label: str
+    speed: float
+    accuracy: float
+    peak_bytes: float
 
 
 @dataclass
@@ -170,7 +195,7 @@ class Board:
         if all(cell.protocol != self.protocol for cell in published()):
             return []
         found = []
-        for i in self._main_tables():
+        for i in self.main_tables():
             table = self.tables[i]
             for row in sorted(table.rows, key=lambda row: row.label):
                 name, plain = row.first.attention["name"], row.label == row.first.attention["name"]
@@ -183,7 +208,7 @@ class Board:
                     found.append((table, row, cells))
         return found
 
-    def _main_tables(self) -> list[int]:
+    def main_tables(self) -> list[int]:
         """Returns the table with the most rows of each task, the others being variations."""
         best: dict[str, int] = {}
         for i, table in enumerate(self.tables):
@@ -192,7 +217,7 @@ class Board:
         return list(best.values())
 
     def _averaged(self) -> list[int]:
-        main = self._main_tables()
+        main = self.main_tables()
         return [i for i in main if self.tables[i].task != NOT_AVERAGED] or main
 
     def _summary(self) -> list[SummaryRow]:
@@ -211,6 +236,10 @@ class Board:
             scores = [cell.accuracy for cell in cells if cell and cell.accuracy is not None]
             if len(scores) == len(self.averaged):
                 summary.average = mean(scores)
+            timed = [cell for cell in cells if cell and cell.speed and cell.peak_bytes]
+            if summary.average is not None and len(timed) == len(self.averaged) > 1:
+                summary.speed = math.exp(mean(math.log(cell.speed or 1.0) for cell in timed))
+                summary.peak_bytes = mean(cell.peak_bytes or 0.0 for cell in timed)
         ordered = sorted(
             rows.values(),
             key=lambda s: (
@@ -221,6 +250,23 @@ class Board:
         )
         _rank([(s.average, s) for s in ordered])
         return ordered
+
+
+def circles(rows: Sequence[Row] | Sequence[SummaryRow]) -> list[Circle]:
+    """Returns the rows of the figure of score against speed: those with score, speed and memory.
+
+    None where there would be a single one, or where no row has learned the task.
+
+    Args:
+        rows: Those of one table, or the summary.
+    """
+    found, learned = [], False
+    for i, row in enumerate(rows):
+        accuracy = row.average if isinstance(row, SummaryRow) else row.accuracy
+        if row.speed and row.peak_bytes and accuracy is not None:
+            found.append(Circle(i, row.label, row.speed, accuracy, row.peak_bytes))
+        learned |= isinstance(row, SummaryRow) or (row.seeds > 0 and NOT_LEARNED not in row.marks)
+    return found if len(found) > 1 and learned else []
 
 
 def _data(r: Record, records: Sequence[Record]) -> str:

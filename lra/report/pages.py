@@ -28,7 +28,7 @@ def markdown(board: Board) -> str:
     """Returns the leaderboard as a Markdown document."""
     tables = [table.markdown(level=2) for table in _tables(board)]
     title = f"# Leaderboard, protocol {board.protocol}"
-    return "\n\n".join([title, *tables, _origin(board)]) + "\n"
+    return "\n\n".join([title, *tables, origin(board)]) + "\n"
 
 
 def tex(board: Board) -> str:
@@ -36,7 +36,7 @@ def tex(board: Board) -> str:
     parts = [
         f"% Leaderboard, protocol {board.protocol}. Needs \\usepackage{{booktabs}}.",
         *(table.tex(f"Protocol {board.protocol}.") for table in _tables(board)),
-        f"% {escaped(_origin(board))}",
+        f"% {escaped(origin(board))}",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -74,26 +74,27 @@ def csv(board: Board) -> str:
 
 
 def _tables(board: Board) -> list[Table]:
-    tables = [_task(table) for table in board.tables]
+    tables = [task(table) for table in board.tables]
     if len(tables) > 1:
-        tables.insert(0, _summary(board))
+        tables.insert(0, summary(board))
     if board.published():
-        tables.append(_beside_published(board))
+        tables.append(beside_published(board))
     return [table.without_empty_columns() for table in tables]
 
 
-def _summary(board: Board) -> Table:
-    names = _titles(board.tables)
+def summary(board: Board) -> Table:
+    """Returns the accuracies of all tasks: `Board.summary`, then rules."""
+    names = titles(board.tables)
     averaged = [names[i] for i in board.averaged]
     headers = ["attention", "rank", *names, f"average of {len(averaged)}"]
     rows = [
         [
-            summary.label,
-            _format("{}", summary.rank),
-            *(_accuracy(summary.cells.get(i), seeds=True) for i in range(len(names))),
-            _format("{:.2f}", summary.average),
+            row.label,
+            _format("{}", row.rank),
+            *(_accuracy(row.cells.get(i), seeds=True) for i in range(len(names))),
+            _format("{:.2f}", row.average),
         ]
-        for summary in board.summary
+        for row in board.summary
     ]
     rules = {name for table in board.tables for name in table.rules}
     order = sorted(rules, key=lambda name: (name != "majority class", name))
@@ -114,7 +115,8 @@ def _summary(board: Board) -> Table:
     return Table("all tasks", headers, rows, notes + _explained(marks), about)
 
 
-def _task(table: TaskTable) -> Table:
+def task(table: TaskTable) -> Table:
+    """Returns a task's figures: the rows of the table, then rules."""
     conditions = {row.conditions for row in table.rows if row.accuracy is not None}
     rows = [_cells(row, told=len(conditions) > 1) for row in table.rows]
     rows += [
@@ -126,7 +128,8 @@ def _task(table: TaskTable) -> Table:
     return Table(table.task, HEADERS, rows, notes, [_about(table)])
 
 
-def _beside_published(board: Board) -> Table:
+def beside_published(board: Board) -> Table:
+    """Returns `Board.published` with a column for each paper's table."""
     rows = board.published()
     protocols = {cell.source: cell.protocol for _, _, cells in rows for cell in cells.values()}
     sources = sorted(protocols, key=lambda s: (protocols[s] != board.protocol, s))
@@ -148,7 +151,7 @@ def _beside_published(board: Board) -> Table:
     return Table("beside published figures", headers, cells, notes, about, left=2)
 
 
-def _titles(tables: Sequence[TaskTable]) -> list[str]:
+def titles(tables: Sequence[TaskTable]) -> list[str]:
     """Returns the tables' names, with versions and data where a task has several."""
     count = [sum(other.task == table.task for other in tables) for table in tables]
     return [
@@ -239,7 +242,7 @@ def _explained(marks: str) -> list[str]:
     return [f"{mark} {meaning}." for mark, meaning in MARKS.items() if mark in marks]
 
 
-def _origin(board: Board) -> str:
+def origin(board: Board) -> str:
     """Returns how the tables were made: records, code, packages, dates."""
     records = [run.record for run in board.runs]
     commits = {

@@ -9,6 +9,7 @@ any other factor of a key, multiplies the row [v_j, 1].
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +27,29 @@ def guard(denominator: Tensor, signed: bool) -> Tensor:
 
 def normalised(sums: Tensor, signed: bool) -> Tensor:
     """Divides all columns of ``sums`` (..., E + 1) but the last by the last, guarded."""
-    # One reciprocal a row and products: half the time of a division, forward and backward.
-    return sums[..., :-1] * guard(sums[..., -1:], signed).reciprocal()
+    return _Normalised.apply(sums, signed)
+
+
+class _Normalised(torch.autograd.Function):
+    """``normalised``, with one pass over the gradient, where slices make one of zeros each."""
+
+    @staticmethod
+    def forward(ctx: Any, sums: Tensor, signed: bool) -> Tensor:
+        denominator = sums[..., -1:]
+        # One reciprocal a row and products: half the time of a division.
+        factor = guard(denominator, signed).reciprocal()
+        out = sums[..., :-1] * factor
+        ctx.save_for_backward(out, factor, (denominator.abs() if signed else denominator) >= EPS)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        out, factor, free = ctx.saved_tensors
+        whole = gradient.new_empty(*gradient.shape[:-1], gradient.shape[-1] + 1)
+        torch.mul(gradient, factor, out=whole[..., :-1])
+        along = torch.linalg.vecdot(gradient, out)[..., None]
+        torch.mul(along * free, -factor, out=whole[..., -1:])
+        return whole, None
 
 
 def with_ones(v: Tensor, key_weight: Tensor | None) -> Tensor:
