@@ -8,19 +8,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lra.files import parsed, short_hash
-from lra.typed import check_known, from_mapping
+from lra.typed import check_known, from_mapping, require
 
 Mode = Literal["train", "infer", "decode"]
 Status = Literal["ok", "oom", "timeout", "failed"]
 
 SMALLEST, LARGEST = 1e-30, 1e30
 """Beyond what any figure but 0 can be."""
-
-
-def _require(conditions: dict[str, bool]) -> None:
-    """Raises one ValueError with every message whose condition does not hold."""
-    if broken := [message for message, holds in conditions.items() if not holds]:
-        raise ValueError("\n".join(broken))
 
 
 def _positive(*numbers: float) -> bool:
@@ -80,7 +74,7 @@ class Conditions:
         check_known(_Model, self.model, "model")
         check_known(_Device, self.device, "device")
         counts = (self.batch, self.device["threads"])
-        _require({"batch and threads must be numbers of something": _positive(*counts)})
+        require({"batch and threads must be numbers of something": _positive(*counts)})
 
 
 @dataclass(frozen=True)
@@ -102,7 +96,7 @@ class Cell:
     conditions: Conditions
 
     def __post_init__(self) -> None:
-        _require({"length must be at least 1": _positive(self.length)})
+        require({"length must be at least 1": _positive(self.length)})
 
     @property
     def key(self) -> str:
@@ -127,7 +121,7 @@ class Spread:
     def __post_init__(self) -> None:
         times = (self.median, self.low, self.high)
         told = "times must be positive and finite, and so must repetitions"
-        _require({told: _positive(*times, self.repetitions)})
+        require({told: _positive(*times, self.repetitions)})
 
 
 @dataclass(frozen=True)
@@ -148,7 +142,7 @@ class Decoding:
 
     def __post_init__(self) -> None:
         lists = (self.positions, self.seconds, self.tokens_per_second, self.state_bytes)
-        _require(
+        require(
             {
                 "its lists must be of one length, and not empty": 0
                 < min(map(len, lists))
@@ -190,7 +184,7 @@ class Figures:
 
     def __post_init__(self) -> None:
         counts = (self.peak_bytes or 0, self.parameters, self.flops, self.bytes)
-        _require({"numbers must be finite and not negative": _numbers(*counts)})
+        require({"numbers must be finite and not negative": _numbers(*counts)})
 
 
 @dataclass(frozen=True)
@@ -219,7 +213,7 @@ class Measured:
 
     def __post_init__(self) -> None:
         decoded = self.figures is not None and self.figures.decoding is not None
-        _require(
+        require(
             {
                 "a cell has figures if it is ok, and only then": (self.figures is not None)
                 == (self.status == "ok"),
@@ -263,7 +257,7 @@ class Ceilings:
 
     def __post_init__(self) -> None:
         speeds = (self.flops_per_second, self.bytes_per_second)
-        _require({"speeds must be positive and finite": _positive(*speeds)})
+        require({"speeds must be positive and finite": _positive(*speeds)})
 
 
 @dataclass(frozen=True)

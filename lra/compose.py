@@ -150,7 +150,7 @@ def load_section(config: str, groups: Sequence[str], overrides: Iterable[str]) -
         sound, problems = composer.sound(composer.parse(listed))
         if problems:
             raise ValueError("\n".join(problems))
-        return composer.compose([override.input_line for override in sound])
+        return composer.compose(sound)
 
 
 class _Composer:
@@ -168,7 +168,7 @@ class _Composer:
         self.config_name, self.groups = config_name, groups
         self.loader = GlobalHydra.instance().config_loader()
         self.parser = OverridesParser.create(config_loader=self.loader)
-        self._composed: dict[tuple[str, ...], dict[str, Any]] = {}
+        self._composed: dict[tuple[str, ...], Any] = {}
 
     def parse(self, overrides: Iterable[str]) -> list[Any]:
         overrides = list(overrides)
@@ -211,8 +211,8 @@ class _Composer:
             ValueError: One message with every problem: names, keys, types and values.
         """
         sound, problems = self.sound(self.parse(overrides))
-        composed = self.compose([o.input_line for o in sound])
-        protocol = self.compose([o.input_line for o in sound if o.key_or_group in GROUPS])
+        composed = self.compose(sound)
+        protocol = self.compose([o for o in sound if o.key_or_group in GROUPS])
         with _collecting(problems):
             options = options_of(composed["task"])
             task = from_mapping(TASKS.get(composed["task"]["name"]).Config, options, "task")
@@ -252,7 +252,7 @@ class _Composer:
                     problems.append(unknown(override.key_or_group, str(override.value()), options))
                     wrong.append(override)
         groups = [o for o in overrides if o.key_or_group in self.groups and o not in wrong]
-        chosen = dict(_flatten(self.compose([o.input_line for o in groups])))
+        chosen = dict(_flatten(self.compose(groups)))
         keys = [key for key in chosen if not key.endswith(".name")]
         open_sections = {o.key_or_group for o in wrong}  # nobody knows what they would hold
         for override in overrides:
@@ -266,20 +266,24 @@ class _Composer:
                 wrong.append(override)
         return [o for o in overrides if o not in wrong], problems
 
-    def compose(self, overrides: list[str]) -> dict[str, Any]:
-        """Returns the composed configuration as plain containers."""
-        key = tuple(overrides)
-        if key not in self._composed:  # the runs of a sweep have much in common
-            self._composed[key] = self._compose(overrides)
-        return copy.deepcopy(self._composed[key])
+    def _chooses_files(self, override: Any) -> bool:
+        return override.key_or_group in self.groups or override.is_hydra_override()
 
-    def _compose(self, overrides: list[str]) -> dict[str, Any]:
+    def compose(self, overrides: list[Any]) -> dict[str, Any]:
+        """Returns the composed configuration as plain containers."""
         from hydra import compose
+        from hydra._internal.config_loader_impl import ConfigLoaderImpl
         from hydra.errors import MissingConfigException
         from omegaconf import OmegaConf
 
+        values = [o for o in overrides if not self._chooses_files(o)]
+        files = tuple(o.input_line for o in overrides if self._chooses_files(o))
         try:
-            config = compose(self.config_name, overrides=overrides)
+            # Files take Hydra far longer than values, and many runs of a sweep share them.
+            if files not in self._composed:
+                self._composed[files] = compose(self.config_name, overrides=list(files))
+            config = copy.deepcopy(self._composed[files])
+            ConfigLoaderImpl._apply_overrides_to_config(values, config)
             return OmegaConf.to_container(config, resolve=True)
         except MissingConfigException as error:
             folder, _, task = str(error.missing_cfg_file).rpartition("/")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lra.files import short_hash, user_path
 from lra.tasks import build_task
+from lra.typed import require
 
 if TYPE_CHECKING:
     from lra.tasks.base import Task
@@ -281,10 +282,3 @@ def cache_dir(setting: str | None) -> Path:
 def options_of(section: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a task's or attention's section without its name."""
     return {key: value for key, value in section.items() if key != "name"}
-
-
-def require(conditions: Mapping[str, bool]) -> None:
-    """Raises one ValueError with every message whose condition does not hold."""
-    broken = [message + "." for message, holds in conditions.items() if not holds]
-    if broken:
-        raise ValueError("\n".join(broken))

@@ -2,7 +2,8 @@
 
 import logging
 
-from lra.config import RunConfig, require
+from lra.config import RunConfig
+from lra.typed import require
 from models.attention import build_attention, capabilities
 
 LOG = logging.getLogger("lra")

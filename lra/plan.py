@@ -139,10 +139,12 @@ def dry_run(overrides: Sequence[str], multirun: bool) -> int:
         unknown += state.seconds_left is None
     states = [run.state for run in runs]
     print(table(states, left="time"))
-    told = f"{duration(total)} one after the other, as fast as in earlier runs"
+    parts = []
+    if total or not unknown:
+        parts.append(f"{duration(total)} one after the other, as fast as in earlier runs")
     if unknown:
-        told += f", and {unknown} of unknown speed"
-    print(f"{summary(states)}\nTo do: {told}. Nothing was started.")
+        parts.append(f"{unknown} of unknown speed")
+    print(f"{summary(states)}\nTo do: {', and '.join(parts)}. Nothing was started.")
     return 0
 
 

@@ -285,4 +285,5 @@ def wilson_interval(correct: int, n: int, z: float = 1.959964) -> tuple[float, f
     p, z2 = correct / n, z * z
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # The ends are exact where rounding would leave a trace of 0 or 1.
+    return (centre - half if correct else 0.0), (centre + half if correct < n else 1.0)

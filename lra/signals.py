@@ -1,15 +1,27 @@
 """Signals that ask a run to stop: noted for its next whole step, and not waited for too long."""
 
+import contextlib
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 GRACE_SECONDS = 5
 """How long a run may take to heed a signal; a scheduler kills it some seconds later."""
+
+
+@contextlib.contextmanager
+def handled(handler: Callable[[int, Any], Any]) -> Iterator[None]:
+    """Calls ``handler`` for the signals that ask for an end, even where they were ignored."""
+    previous = {number: signal.signal(number, handler) for number in ENDS}
+    try:
+        yield
+    finally:
+        for number, before in previous.items():
+            signal.signal(number, before)
 
 
 class StopSignals:
@@ -26,7 +38,7 @@ class StopSignals:
         self.deferred = False
         self._give_up = give_up
         self._left = threading.Event()
-        self._previous: dict[int, Any] = {}
+        self._handled = handled(self._note)
 
     def __enter__(self) -> "StopSignals":
         reading, self._writing = os.pipe()
@@ -34,14 +46,12 @@ class StopSignals:
         # The system writes a signal's number there whatever the main thread is in.
         self._previous_writing = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
         threading.Thread(target=self._watch, args=(reading,), daemon=True).start()
-        for number in ENDS:
-            self._previous[number] = signal.signal(number, self._note)
+        self._handled.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._left.set()
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        self._handled.__exit__(None, None, None)
         signal.set_wakeup_fd(self._previous_writing)
         os.close(self._writing)  # ends the thread
 

@@ -17,7 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 
 from lra import ranks, record
 from lra.compose import conf_dir, load, store_groups
-from lra.signals import ENDS
+from lra.signals import ENDS, handled
 from lra.text import aligned
 
 if TYPE_CHECKING:
@@ -146,12 +146,8 @@ def _noting_signals(folder: Path) -> Iterator[None]:
     def note(*_: object) -> None:
         (folder / str(_stops(folder))).touch()
 
-    previous = {number: signal.signal(number, note) for number in ENDS}
-    try:
+    with handled(note):
         yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _stops(signals: Path) -> int:

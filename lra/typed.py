@@ -57,6 +57,16 @@ def check_known(cls: type, values: Mapping[str, Any], where: str) -> None:
         raise ValueError("\n".join(problems))
 
 
+def require(conditions: Mapping[str, bool]) -> None:
+    """Raises one ValueError with every message whose condition does not hold.
+
+    For ``__post_init__`` of a dataclass: its fields have their types by then.
+    """
+    broken = [message + "." for message, holds in conditions.items() if not holds]
+    if broken:
+        raise ValueError("\n".join(broken))
+
+
 def _build(
     cls: type, values: Mapping[str, Any], where: str, strict: bool = True
 ) -> tuple[Any, list[str]]:

@@ -15,7 +15,8 @@ from fuzz_files import contents
 from fuzz_mutations import damaged, put_back, put_damaged
 
 from lra.tasks import build_task
-from lra.tasks._listops import decode, generate
+from lra.tasks._listops import decode
+from lra.tasks._listops_generator import generate
 
 
 class DataFiles:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from fuzz_commands import CODES, RAW, Failure, call
 from fuzz_mutations import change as change_tree
-from fuzz_mutations import damaged, damaged_json, put_back, put_damaged
+from fuzz_mutations import damaged, damaged_json, put_back, put_damaged, put_damaged_line
 
 import lra.report.efficiency
 import lra.report.figures
@@ -64,11 +64,7 @@ class Records:
         if path.suffix == ".json" and random.random() < 0.75:
             path.write_bytes(damaged_json(random, path.read_text()))
         elif path.suffix == ".jsonl" and random.random() < 0.5:
-            lines = path.read_text().splitlines()
-            place = random.randrange(len(lines))
-            changed = [line.encode() for line in lines]
-            changed[place] = damaged_json(random, lines[place])
-            path.write_bytes(b"\n".join(changed) + b"\n")
+            put_damaged_line(random, path)
         else:
             put_damaged(random, path)
         before = self.contents(path)
@@ -224,11 +220,7 @@ class Cells:
         path = self.folder / "efficiency-cpu-fp32.jsonl"
         put_back(path, self.good / path.name)
         if random.random() < 0.8:
-            lines = path.read_text().splitlines()
-            place = random.randrange(len(lines))
-            changed = [line.encode() for line in lines]
-            changed[place] = damaged_json(random, lines[place])
-            path.write_bytes(b"\n".join(changed) + b"\n")
+            put_damaged_line(random, path)
         else:
             put_damaged(random, path)
         keep = lra.report.efficiency.draw

@@ -103,6 +103,15 @@ BYTES = (
 )
 
 
+def put_damaged_line(random, path):
+    """Damages the JSON of one line of a file."""
+    lines = path.read_text().splitlines()
+    place = random.randrange(len(lines))
+    changed = [line.encode() for line in lines]
+    changed[place] = damaged_json(random, lines[place])
+    path.write_bytes(b"\n".join(changed) + b"\n")
+
+
 def put_damaged(random, path):
     """Damages a file, or puts something else in its place; returns what it did."""
     if random.random() < 0.92:

@@ -1,6 +1,7 @@
 """Configuration: what composes, what is refused and how, and what a run's identity is."""
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -9,11 +10,13 @@ import sys
 from functools import cache
 from pathlib import Path
 
+import hydra
 import pytest
 from omegaconf import OmegaConf
 
 from lra.compose import conf_dir, load, load_attentions, load_sweep
 from lra.config import ModelConfig, TrainConfig
+from lra.fit import check_fit
 from lra.plan import plan
 from lra.tasks import TASKS
 from lra.tasks.listops import ListOps
@@ -57,14 +60,16 @@ def test_every_protocol_runs_some_task_and_the_three_shipped_ones_run_listops():
 
 
 @pytest.mark.parametrize(("protocol", "task"), CELLS)
-def test_every_protocol_composes_with_its_tasks_and_every_attention(protocol, task):
-    configs = load_sweep([f"protocol={protocol}", f"task={task}", "attention=glob(*)"])
-    assert [config.attention["name"] for config in configs] == ATTENTIONS.names()
-    for config in configs:
-        assert config.protocol.name == protocol
-        assert config.task["name"] == task
-        assert config.modified == config.non_default == {}
-        assert config.build_task().max_len <= config.model.max_len
+def test_every_protocol_composes_with_its_tasks_and_fits_every_attention(protocol, task):
+    config = load([f"protocol={protocol}", f"task={task}"])
+    assert config.protocol.name == protocol
+    assert config.task["name"] == task
+    assert config.modified == config.non_default == {}
+    assert config.build_task().max_len <= config.model.max_len
+    # No file is of a protocol and an attention.
+    for name in ATTENTIONS.names():
+        options = dataclasses.asdict(ATTENTIONS.get(name).Config())
+        check_fit(dataclasses.replace(config, attention={"name": name} | options))
 
 
 def test_without_overrides_the_run_is_listops_with_softmax_under_nystrom():
@@ -118,11 +123,14 @@ def test_nystroms_listops_is_that_of_the_published_code():
 
 
 def test_options_of_an_attention_are_its_defaults_unless_its_paper_sets_others_for_the_task():
-    for name in ATTENTIONS.names():
+    configs = load_sweep(["attention=glob(*)"])
+    assert [config.attention["name"] for config in configs] == ATTENTIONS.names()
+    for config in configs:
+        name, asked = config.attention["name"], config.attention_options
         options = dataclasses.asdict(ATTENTIONS.get(name).Config())
-        asked = load([f"attention={name}"]).attention_options
         changed = {key: value for key, value in asked.items() if value != options[key]}
         assert changed == ({"projections": 128} if name == "rfa" else {})
+        assert config.modified == config.non_default == {}
 
 
 def test_rfa_has_128_random_features_on_listops_unless_told_otherwise():
@@ -385,6 +393,20 @@ def test_a_sweep_is_every_combination_in_order():
     runs = [(config.attention["name"], config.seed) for config in configs]
     assert runs == [("softmax", 0), ("softmax", 1), ("linear", 0), ("linear", 1)]
     assert {config.protocol.name for config in configs} == {"smoke"}
+
+
+def test_the_files_of_a_sweep_are_composed_once_for_runs_that_share_them(monkeypatch):
+    compose, composed = hydra.compose, []
+
+    def counted(*arguments, **named):
+        composed.append(arguments)
+        return compose(*arguments, **named)
+
+    monkeypatch.setattr(hydra, "compose", counted)
+    configs = load_sweep(["protocol=smoke", "attention=softmax,linear", "seed=0,1", "train.lr=1,2"])
+    assert len(composed) == 2
+    told = [(config.attention["name"], config.seed, config.train.lr) for config in configs]
+    assert told == list(itertools.product(["softmax", "linear"], [0, 1], [1.0, 2.0]))
 
 
 def test_a_glob_takes_the_names_that_match():

@@ -82,3 +82,13 @@ def test_a_linear_layer_is_the_same_for_few_rows(rows, bias):
         out = layer(x)
     torch.testing.assert_close(out, torch.nn.Linear.forward(layer, x), atol=1e-14, rtol=0)
     assert out.is_contiguous()  # fused attention takes no other queries
+
+
+def test_torch_compile_follows_a_linear_layer_of_any_number_of_rows():
+    """Without generating code, which takes a compiler and a minute."""
+    layer = Linear(16, 24)
+    traced = torch.compile(layer, dynamic=True, backend="eager")
+    with torch.no_grad():
+        for rows in (5, 20, 60):
+            x = torch.randn(rows, 16)
+            torch.testing.assert_close(traced(x), layer(x))

@@ -30,7 +30,14 @@ TOP_LEVEL = {
     "CONTRIBUTING.md",
 }
 
-TRAINER = ["lra/train.py", "lra/build.py", "lra/evaluate.py", "lra/batches.py", "lra/run.py"]
+TRAINER = [
+    "lra/session.py",
+    "lra/train.py",
+    "lra/build.py",
+    "lra/evaluate.py",
+    "lra/batches.py",
+    "lra/run.py",
+]
 
 
 def sources(folder):

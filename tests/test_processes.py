@@ -3,51 +3,14 @@
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 from conftest import ROOT
+from processes import Forked, children, start, wait_for_lines
 from test_run import assert_same_end, folder_of
 
 from lra import record
-
-
-def start(arguments, environment, cwd):
-    # A session of its own: signals go to this process and not to the tests.
-    return subprocess.Popen(
-        [sys.executable, "-m", "lra", "train", *arguments],
-        env=environment,
-        cwd=cwd,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def wait_for_lines(path, count, process, seconds=60):
-    """Waits until a file has so many lines; fails if the process ends before."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if path.exists() and len(path.read_text().splitlines()) >= count:
-            return
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.005)
-    raise AssertionError(f"{path} never had {count} lines")
-
-
-def children(pid):
-    """Returns the processes that a process has started, with their command lines."""
-    listed = subprocess.run(
-        ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(pid)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    lines = (line.strip().partition(" ") for line in listed.stdout.splitlines())
-    return {int(child): command for child, _, command in lines}
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +28,8 @@ def long_run(folder, cache):
     return [
         "protocol=smoke",
         "attention=softmax",
-        "train.steps=300",
-        "train.eval_every=10",
+        "train.steps=60",
+        "train.eval_every=5",
         "checkpoint_seconds=0",
         "keep_checkpoint=true",
         "tracker=none",
@@ -75,12 +38,12 @@ def long_run(folder, cache):
     ]
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGKILL"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL"])
 def test_a_killed_process_goes_on_where_it_was(name, uninterrupted, tmp_path, cache, environment):
     overrides = long_run(tmp_path, cache)
     folder = folder_of(overrides)
-    process = start(overrides, environment, tmp_path)
-    wait_for_lines(folder / "metrics.jsonl", 3, process)
+    process = Forked(overrides, environment, tmp_path)
+    wait_for_lines(folder / "metrics.jsonl", 2, process)
     process.send_signal(signal.Signals[name])
     process.communicate(timeout=30)
     cut = record.load(folder)
@@ -90,9 +53,9 @@ def test_a_killed_process_goes_on_where_it_was(name, uninterrupted, tmp_path, ca
     else:
         assert process.returncode == 130
         assert (cut.status, cut.reason) == ("interrupted", f"{name} received")
-        assert 30 <= cut.steps < 300
+        assert 10 <= cut.steps < 60
 
-    again = start(overrides, environment, tmp_path)
+    again = Forked(overrides, environment, tmp_path)
     output, _ = again.communicate(timeout=90)
     assert again.returncode == 0, output
     assert "goes on from step" in output
@@ -100,46 +63,38 @@ def test_a_killed_process_goes_on_where_it_was(name, uninterrupted, tmp_path, ca
     assert_same_end(folder, uninterrupted)
 
 
-def test_a_sweep_runs_each_combination_and_tells_how_it_ended(tmp_path, smoke, environment):
-    process = start(["-m", *smoke("train.lr=1e30,1e-3")], environment, tmp_path)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 1, output
+def test_a_sweep_runs_each_combination_and_tells_how_it_ended(tmp_path, cache, environment):
+    overrides = long_run(tmp_path, cache)
+    rates = ("1e30", "1e-3", "2e-3")
+    sweep = Forked(["-m", *overrides, f"train.lr={','.join(rates)}"], environment, tmp_path)
+    diverged, killed, ok = (folder_of([*overrides, f"train.lr={lr}"]) for lr in rates)
+    wait_for_lines(killed / "metrics.jsonl", 1, sweep)
+    [child] = children(sweep.pid)
+    os.kill(child, signal.SIGKILL)
+    output, _ = sweep.communicate(timeout=120)
+    assert sweep.returncode == 1, output
     table = [row.split() for row in output[output.rindex("run  ") :].splitlines()[1:]]
-    diverged, ok = (folder_of(smoke(f"train.lr={lr}")) for lr in ("1e30", "1e-3"))
-    assert [row[:2] for row in table] == [[str(diverged), "diverged"], [str(ok), "ok"]]
+    ends = [[str(diverged), "diverged"], [str(killed), "failed"], [str(ok), "ok"]]
+    assert [row[:2] for row in table] == ends
     assert table[0][-1] == f"{diverged}/log.txt)"
+    assert "SIGKILL" in record.load(killed).reason
 
     shutil.rmtree(diverged)
-    process = start(["-m", *smoke("train.lr=1e-3,2e-3")], environment, tmp_path)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, output
+    sweep = Forked(["-m", *overrides, f"train.lr={','.join(rates[1:])}"], environment, tmp_path)
+    output, _ = sweep.communicate(timeout=60)
+    assert sweep.returncode == 0, output
     assert "2 runs, 1 of them finished before" in output
-    assert [row.split()[1] for row in output.splitlines()[-2:]] == ["skipped", "ok"]
+    assert "goes on from step" in output
+    assert [row.split()[1] for row in output.splitlines()[-2:]] == ["ok", "skipped"]
 
 
 def test_a_sweep_with_a_mistake_starts_nothing(tmp_path, smoke, environment):
-    process = start(["-m", *smoke("attention=softmax,cosfomer")], environment, tmp_path)
+    process = Forked(["-m", *smoke("attention=softmax,cosfomer")], environment, tmp_path)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 2
     assert "Unknown attention 'cosfomer'. Did you mean cosformer" in output
     assert "Traceback" not in output
     assert not (tmp_path / "runs").exists()
-
-
-def test_a_run_killed_in_a_sweep_is_recorded_and_the_next_one_runs(tmp_path, cache, environment):
-    overrides = [*long_run(tmp_path, cache)[2:], "protocol=smoke"]
-    overrides[0] = "train.steps=60"
-    sweep = start(["-m", *overrides, "seed=0,1", "attention=softmax"], environment, tmp_path)
-    first = folder_of([*overrides, "seed=0", "attention=softmax"])
-    wait_for_lines(first / "metrics.jsonl", 1, sweep)
-    [child] = children(sweep.pid)
-    os.kill(child, signal.SIGKILL)
-    output, _ = sweep.communicate(timeout=60)
-    assert sweep.returncode == 1, output
-    killed = record.load(first)
-    assert killed.status == "failed"
-    assert "SIGKILL" in killed.reason
-    assert record.load(folder_of([*overrides, "seed=1", "attention=softmax"])).status == "ok"
 
 
 def test_ctrl_c_in_a_sweep_saves_the_run_and_ends_the_sweep(tmp_path, cache, environment):
@@ -160,24 +115,11 @@ def test_ctrl_c_in_a_sweep_saves_the_run_and_ends_the_sweep(tmp_path, cache, env
     assert [line.split()[1] for line in output.splitlines()[-2:]] == ["interrupted", "not"]
 
 
-def test_joblib_runs_several_at_once_and_divides_the_threads(tmp_path, smoke, environment):
-    del environment["OMP_NUM_THREADS"]
-    overrides = ["launch=joblib", "train.lr=1e30,1e-3", "runs_at_once=2"]
-    sweep = start(["-m", *smoke(*overrides)], environment, tmp_path)
-    output, _ = sweep.communicate(timeout=120)
-    assert sweep.returncode == 1, output
-    records = [record.load(folder_of(smoke(f"train.lr={lr}"))) for lr in ("1e30", "1e-3")]
-    assert [one.status for one in records] == ["diverged", "ok"]
-    share = max(1, len(os.sched_getaffinity(0)) // 2)
-    assert [one.device["threads"] for one in records] == [share, share]
-    assert [one.device["runs_at_once"] for one in records] == [2, 2]
-    assert "step/s" not in output  # bars of two runs in one terminal
-
-
-def test_a_run_of_joblib_that_is_killed_is_recorded_and_ctrl_c_saves_the_others(
+def test_joblib_runs_several_at_once_and_one_that_is_killed_costs_no_other(
     tmp_path, cache, environment
 ):
-    overrides = [*long_run(tmp_path, cache), "launch=joblib", "train.steps=3000"]
+    del environment["OMP_NUM_THREADS"]  # the threads are divided
+    overrides = [*long_run(tmp_path, cache), "launch=joblib", "runs_at_once=2", "train.steps=3000"]
     sweep = start(["-m", *overrides, "seed=0,1,2,3"], environment, tmp_path)
     folders = [folder_of([*overrides, f"seed={seed}"]) for seed in range(4)]
     for folder in folders[:2]:
@@ -196,12 +138,16 @@ def test_a_run_of_joblib_that_is_killed_is_recorded_and_ctrl_c_saves_the_others(
     ends = [record.load(folder) for folder in folders]
     assert "SIGKILL" in ends[0].reason
     assert [end and end.status for end in ends[1:]] == ["interrupted", "interrupted", None]
+    share = max(1, len(os.sched_getaffinity(0)) // 2)
+    assert [one.device["threads"] for one in ends[:3]] == [share] * 3
+    assert [one.device["runs_at_once"] for one in ends[:3]] == [2] * 3
     assert "Traceback" not in output
+    assert "step/s" not in output  # bars of two runs in one terminal
 
 
 def test_a_second_ctrl_c_ends_a_run_that_does_not_end(tmp_path, cache, environment):
     overrides = long_run(tmp_path, cache)
-    sweep = start(["-m", *overrides, "seed=0,1"], environment, tmp_path)
+    sweep = Forked(["-m", *overrides, "seed=0,1"], environment, tmp_path)
     folder = folder_of([*overrides, "seed=0"])
     wait_for_lines(folder / "metrics.jsonl", 2, sweep)
     [child] = children(sweep.pid)

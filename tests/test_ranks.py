@@ -2,14 +2,13 @@
 
 import signal
 import socket
-import subprocess
 import sys
 from itertools import chain
 
 import numpy as np
 import pytest
 import torch
-from test_processes import wait_for_lines
+from processes import Forked, start, wait_for_lines
 from test_run import folder_of, metrics_without_time
 
 from lra import measure, ranks, record
@@ -23,24 +22,20 @@ from lra.train import step_seed
 DRY = ("model.dropout=0", "model.attention_dropout=0", "train.eps=1e-3", "keep_checkpoint=true")
 """Without dropout, whose draws differ; Adam's eps keeps it from magnifying rounding."""
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 
-def start(count, arguments, environment, cwd):
+def together(count, arguments, environment, cwd):
     """Starts ``count`` processes as torchrun does."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return [
-        subprocess.Popen(
-            [sys.executable, "-m", "lra", "train", *arguments],
-            env=environment | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=cwd,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
+        Forked(
+            arguments,
+            environment | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd,
         )
         for rank in range(count)
     ]
@@ -90,7 +85,7 @@ def test_two_processes_take_the_steps_of_one_and_leave_one_record(
     smoke, tmp_path, environment, alone
 ):
     whole = alone()
-    codes, outputs = ended(start(2, smoke(*DRY), environment, tmp_path))
+    codes, outputs = ended(together(2, smoke(*DRY), environment, tmp_path))
     assert codes == [0, 0], outputs
     assert "step/s" in outputs[0]
     assert outputs[1] == ""
@@ -103,7 +98,7 @@ def test_two_processes_take_the_steps_of_one_and_leave_one_record(
     of_both = [r.throughput.tokens_per_second / r.throughput.steps_per_second for r in (done, one)]
     assert of_both[0] == pytest.approx(of_both[1])
 
-    codes, outputs = ended(start(2, smoke(*DRY), environment, tmp_path))
+    codes, outputs = ended(together(2, smoke(*DRY), environment, tmp_path))
     assert codes == [0, 0], outputs
     assert "Finished before" in outputs[0]
     assert record.load(folder) == done
@@ -112,7 +107,7 @@ def test_two_processes_take_the_steps_of_one_and_leave_one_record(
 def test_three_processes_share_what_does_not_divide_by_three(smoke, tmp_path, environment, alone):
     """Of a batch of two one process has nothing; 100 examples of an evaluation are 34, 33, 33."""
     few = ("train.batch_size=2", "train.steps=6", "train.warmup_steps=1")
-    codes, outputs = ended(start(3, smoke(*DRY, *few), environment, tmp_path))
+    codes, outputs = ended(together(3, smoke(*DRY, *few), environment, tmp_path))
     assert codes == [0, 0, 0], outputs
     assert_nearly_same_end(folder_of(smoke(*DRY, *few)), alone(*few))
 
@@ -121,15 +116,7 @@ def test_torchrun_is_stopped_by_a_signal_and_one_process_goes_on(
     smoke, tmp_path, environment, alone
 ):
     long = ("train.steps=120", "train.lr=1e-4")
-    process = subprocess.Popen(
-        [*TORCHRUN, "--nproc_per_node=2", "-m", "lra", "train", *smoke(*DRY, *long)],
-        env=environment,
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    process = start(smoke(*DRY, *long), environment, tmp_path, TORCHRUN)
     folder = folder_of(smoke(*DRY, *long))
     wait_for_lines(folder / "metrics.jsonl", 2, process)
     process.send_signal(signal.SIGTERM)
@@ -146,7 +133,7 @@ def test_torchrun_is_stopped_by_a_signal_and_one_process_goes_on(
 
 def test_a_run_of_one_process_goes_on_in_two(smoke, tmp_path, environment, alone):
     assert run(load(smoke(*DRY, "time_limit_minutes=0.00001"))).steps == 1
-    codes, outputs = ended(start(2, smoke(*DRY), environment, tmp_path))
+    codes, outputs = ended(together(2, smoke(*DRY), environment, tmp_path))
     assert codes == [0, 0], outputs
     assert "goes on from step 1" in outputs[0]
     assert_nearly_same_end(folder_of(smoke(*DRY)), alone())
@@ -171,7 +158,7 @@ class Failing(Softmax):
 def test_what_fails_in_one_process_ends_all_and_is_recorded(smoke, tmp_path, environment):
     (tmp_path / "failing.py").write_text(FAILING)
     overrides = smoke("plugins=[failing]", "attention=failing")
-    codes, outputs = ended(start(2, overrides, environment, tmp_path))
+    codes, outputs = ended(together(2, overrides, environment, tmp_path))
     assert codes == [1, 1], outputs
     [folder] = [path.parent for path in (tmp_path / "runs").rglob("record.json")]
     failed = record.load(folder)
@@ -183,7 +170,7 @@ def test_what_fails_in_one_process_ends_all_and_is_recorded(smoke, tmp_path, env
 
 def test_a_killed_process_ends_the_others(smoke, tmp_path, environment):
     overrides = smoke("train.steps=3000")
-    processes = start(2, overrides, environment, tmp_path)
+    processes = together(2, overrides, environment, tmp_path)
     folder = folder_of(overrides)
     wait_for_lines(folder / "metrics.jsonl", 1, processes[0])
     processes[1].kill()
@@ -195,7 +182,7 @@ def test_a_killed_process_ends_the_others(smoke, tmp_path, environment):
 
 def test_a_sweep_is_run_by_all_processes_together(smoke, tmp_path, environment):
     overrides = smoke("train.lr=1e30,1e-3")
-    codes, outputs = ended(start(2, ["-m", *overrides], environment, tmp_path))
+    codes, outputs = ended(together(2, ["-m", *overrides], environment, tmp_path))
     assert codes == [1, 1], outputs
     records = [record.load(folder_of(smoke(f"train.lr={lr}"))) for lr in ("1e30", "1e-3")]
     assert [one.status for one in records] == ["diverged", "ok"]
@@ -204,7 +191,7 @@ def test_a_sweep_is_run_by_all_processes_together(smoke, tmp_path, environment):
 
 
 def test_a_mistake_is_told_once(smoke, tmp_path, environment):
-    codes, outputs = ended(start(2, smoke("attention=cosfomer"), environment, tmp_path))
+    codes, outputs = ended(together(2, smoke("attention=cosfomer"), environment, tmp_path))
     assert codes == [2, 2]
     assert "Did you mean cosformer" in outputs[0]
     assert outputs[1] == ""

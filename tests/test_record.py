@@ -96,9 +96,9 @@ def test_the_wilson_interval_holds_the_proportion(count):
     assert high - low > 0
 
 
-def test_the_wilson_interval_never_leaves_0_to_1():
-    assert [n for n in range(1, 300) if wilson_interval(0, n)[0] < 0] == []
-    assert [n for n in range(1, 300) if wilson_interval(n, n)[1] > 1] == []
+def test_the_wilson_interval_of_none_begins_at_0_and_that_of_all_ends_at_1():
+    assert [n for n in range(1, 300) if wilson_interval(0, n)[0] != 0] == []
+    assert [n for n in range(1, 300) if wilson_interval(n, n)[1] != 1] == []
 
 
 def test_more_examples_give_a_narrower_interval():
@@ -119,6 +119,12 @@ def test_a_score_holds_its_counts_and_its_interval():
 def test_a_record_is_read_as_it_was_written(tmp_path, make):
     make().save(tmp_path)
     assert record.load(tmp_path) == make()
+
+
+def test_a_record_of_a_model_that_is_never_right_is_read_as_it_was_written(tmp_path):
+    written = dataclasses.replace(finished(), test=Score.of(0, 243, 2.5, 15))
+    written.save(tmp_path)
+    assert record.load(tmp_path) == written
 
 
 def test_a_record_with_a_loss_that_is_no_number_is_read_as_it_was_written(tmp_path):

@@ -14,7 +14,7 @@ import pytest
 
 from lra import report
 from lra.record import SCHEMA, Record, Score, Throughput, save_predictions
-from lra.report import store
+from lra.report import figures, store
 from lra.report.published import published
 from lra.tasks import TASKS
 from models.attention import ATTENTIONS
@@ -133,7 +133,9 @@ class Report:
 
 
 @pytest.fixture
-def make(tmp_path):
+def make(tmp_path, monkeypatch):
+    """Makes a report without figures, which take longer than the rest."""
+    monkeypatch.setattr(figures, "write", lambda *_: [])
     return lambda *records, **options: Report(tmp_path, records, **options)
 
 
@@ -425,8 +427,8 @@ def test_versions_and_data_of_a_task_never_share_a_table(make):
     ]
 
 
-def test_two_protocols_are_two_files_that_share_no_row(tmp_path, make):
-    quick = make(run(500), run(600, protocol="nystrom"))
+def test_two_protocols_are_two_files_that_share_no_row(tmp_path):
+    quick = Report(tmp_path, [run(500), run(600, protocol="nystrom")])
     assert sorted(path.name for path in (tmp_path / "results").iterdir()) == [
         "claims.md",
         *(f"leaderboard-nystrom.{kind}" for kind in ("csv", "md", "tex")),
@@ -628,7 +630,7 @@ def test_the_latex_compiles(make, tmp_path):
 # Figures
 
 
-def test_curves_and_tradeoff_are_drawn_where_there_is_something_to_draw(tmp_path, make):
+def test_curves_and_tradeoff_are_drawn_where_there_is_something_to_draw(tmp_path):
     made = [run(seed=0), run(seed=1), run(hash="bbbbbbbb", attention=named("linear"))]
     for i in range(2):
         folder = tmp_path / "runs" / f"{i:03}"
@@ -636,7 +638,7 @@ def test_curves_and_tradeoff_are_drawn_where_there_is_something_to_draw(tmp_path
         lines = [{"step": 10 * k, "seconds": 1.0 * k, "val_accuracy": 0.1 * k} for k in (1, 2, 3)]
         text = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 40, "sec'
         (folder / "metrics.jsonl").write_text(text)
-    make(*made)
+    Report(tmp_path, made)
     for name in ("curves", "seeds", "tradeoff"):
         image = (tmp_path / "results" / f"{name}-quick.png").read_bytes()
         assert image.startswith(b"\x89PNG")

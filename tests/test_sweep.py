@@ -153,6 +153,8 @@ def test_a_dry_run_tells_each_run_and_starts_nothing(smoke, store, tmp_path, cap
 
 
 def test_the_time_of_a_dry_run_is_that_of_measured_steps(smoke, capsys):
+    *_, total = lines_of(capsys, smoke())
+    assert total == "To do: 1 of unknown speed. Nothing was started."
     done = run(load(smoke()))
     done.train_seconds, done.evaluation_seconds, done.steps = 90.0, 10.0, 20
     done.save(folder_of(smoke()))

@@ -21,6 +21,12 @@ RATE = 1e-3
 GRID = [0.000333333, 0.001, 0.003]
 
 
+@pytest.fixture
+def smoke(smoke):
+    """Runs of whole batches: each tuning is four of them."""
+    return lambda *more: smoke("micro_batches=1", *more)
+
+
 def trial_records(overrides):
     return [record.load(run_folder(trial)) for trial in trials(load(overrides))]
 

@@ -11,9 +11,9 @@ import torch
 from lra import measure
 from lra.cells import Cell, Conditions, Mode
 from lra.compose import load_attentions, load_section
-from lra.config import ModelConfig, require
+from lra.config import ModelConfig
 from lra.files import user_path
-from lra.typed import from_mapping
+from lra.typed import from_mapping, require
 from models.attention import ATTENTIONS, capabilities
 from models.encoder import EncoderShape
 

@@ -7,8 +7,7 @@ import shlex
 import signal
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
@@ -21,6 +20,7 @@ from lra.cells import Ceilings, Cell, Measured
 from lra.files import Busy, locked
 from lra.plugins import import_plugins, named_plugins
 from lra.report import efficiency
+from lra.signals import handled
 from lra.text import shareable
 from lra.typed import from_mapping
 
@@ -50,25 +50,13 @@ def bench(overrides: Sequence[str]) -> int:
     asked = plan(overrides, plugins)
     asked.path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with locked(asked.path, wait=False), _stoppable():
+        # KeyboardInterrupt leaves no process; in background jobs of shells SIGINT is ignored.
+        with locked(asked.path, wait=False), handled(signal.default_int_handler):
             failed = _measure(asked, shareable(shlex.join(["lra", "bench", *overrides])))
             efficiency.write(asked.path)
     except Busy:
         raise ValueError(f"Another lra bench is writing to {asked.path}: wait for it.") from None
     return int(failed)
-
-
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """Ends by KeyboardInterrupt on each signal that asks for an end, so that no process is left."""
-    # SIGINT too: a shell starts background jobs with it ignored.
-    ends = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    previous = {number: signal.signal(number, signal.default_int_handler) for number in ends}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _measure(asked: Plan, command: str) -> bool:

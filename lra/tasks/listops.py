@@ -15,8 +15,9 @@ import numpy as np
 from tqdm import tqdm
 
 from lra.tasks import register_task
-from lra.tasks._listops import VOCAB, evaluate, generate
+from lra.tasks._listops import VOCAB, evaluate
 from lra.tasks._listops_files import find_files, read_files
+from lra.tasks._listops_generator import generate
 from lra.tasks._official import origin
 from lra.tasks._splits import tell_other_sizes
 from lra.tasks.base import SPLITS, Built, Split, Task

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from lra.tasks import build_task
-from lra.tasks._listops import generate
+from lra.tasks._listops_generator import generate
 
 STANDARD = {"min_length": 500, "max_length": 2000, "max_depth": 10, "max_args": 10}
 PLAIN_EXAMPLES = 2000

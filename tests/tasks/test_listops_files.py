@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from lra.cli import main
 from lra.compose import load
-from lra.tasks._listops import decode, encode, generate
+from lra.tasks._listops import decode, encode
 from lra.tasks._listops_files import FILES, find_files, read_files
+from lra.tasks._listops_generator import generate
 from lra.tasks.base import SPLITS
 from lra.tasks.listops import ListOps
 

@@ -5,19 +5,23 @@ A mixer is looked at as an attention of one head that feels its values alone.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lra.typed import from_mapping
-from models.attention.base import Attention, Capabilities, Mechanism, Mixer
+from models.attention.base import Attention, Capabilities, Context, Mechanism, Mixer
 
 GARBAGE = 1e4
 """How much larger than real tokens those are that nobody may feel."""
 
 LONG = 400
 """A length past any chunk or block; from there on, only two kinds of masks are tried."""
+
+ROOM = 640
+"""Positions of an instance: `LONG`, and what checks append. A table of more costs time alone."""
 
 
 class MixerAsAttention(nn.Module):
@@ -43,6 +47,10 @@ class MixerAsAttention(nn.Module):
     def weights(self, q: Tensor, k: Tensor, *given: Any) -> Tensor:
         """Returns equal weights: errors are relative to the largest value or output."""
         return q.new_full((*q.shape[:3], k.shape[2]), 1 / max(k.shape[2], 1))
+
+    def combine(self, weights: Tensor, v: Tensor, context: Context) -> Tensor:
+        """Mixes the values by definition, whatever the weights."""
+        return self.quadratic(v, v, v, *context)
 
     def init_state(self, *given: Any) -> Any:
         """Refuses: a mixer has no recurrent form."""
@@ -71,7 +79,7 @@ class Subject:
         head_dim: int = 8,
         *,
         heads: int = 2,
-        max_len: int = 2048,
+        max_len: int = ROOM,
         dtype: torch.dtype = torch.float64,
         seed: int = 0,
         training: bool = False,
@@ -171,6 +179,13 @@ class Subject:
         }
 
 
+class Oracle(NamedTuple):
+    """What the quadratic form gives: its matrix, and the output by way of it."""
+
+    weights: Tensor
+    output: Tensor
+
+
 @dataclass(frozen=True)
 class Call:
     """Arguments of an attention; ``out`` and ``reference`` are its two forms on them."""
@@ -199,22 +214,26 @@ class Call:
         """Returns the fast form's output."""
         return self.attention(self.q, self.k, self.v, self.key_mask, self.causal, self.hidden)
 
-    def weights(self) -> Tensor:
-        """Returns the quadratic form's matrix."""
-        return self.attention.weights(self.q, self.k, self.key_mask, self.causal, self.hidden)
-
     def reference(self) -> Tensor:
         """Returns the output by way of the quadratic form."""
         call = (self.q, self.k, self.v, self.key_mask, self.causal, self.hidden)
         return self.attention.quadratic(*call)
 
+    @cached_property
+    def oracle(self) -> Oracle:
+        """The quadratic form, without gradients; made once, as most of a check's time is here."""
+        context = Context(self.key_mask, self.causal, self.hidden)
+        with torch.no_grad():
+            weights = self.attention.weights(self.q, self.k, *context[:3])
+            return Oracle(weights, self.attention.combine(weights, self.v, context))
+
     def unit(self) -> Tensor:
         """Returns what errors are relative to, for each query (B, H, N, 1)."""
-        total = self.weights().detach().abs().sum(-1, keepdim=True).double()
+        total = self.oracle.weights.abs().sum(-1, keepdim=True).double()
         largest = self.v.detach().double().abs().amax((-2, -1), keepdim=True)
         weighed = total * total.clamp_min(1.0) * largest
         # Larger than that where the output is more than the weighed values.
-        return torch.maximum(weighed, self.reference().detach().double().abs().amax(-1, True))
+        return torch.maximum(weighed, self.oracle.output.double().abs().amax(-1, True))
 
     def similar(self) -> "Call":
         """Returns the call with queries and keys that have much in common.
