@@ -43,7 +43,7 @@ starts nothing, and prints each run, how far it is and the time it will take.
   reuse=never                              start over instead of keeping or resuming
   keep_checkpoint=true                     keep the weights of a finished run, for lra eval
   activation_checkpointing=true            less memory: activations are computed again
-  compile=true                             torch.compile the model
+  compile=true                             torch.compile the blocks of the model
   tune=lr                                  first choose the learning rate by validation, with seed 0
   sweep=NAME                               with -m: the runs of a paper's table (lra ls)
   launch=joblib runs_at_once=2             with -m: several runs at once, threads divided
@@ -78,7 +78,7 @@ conf/bench.yaml and conf/shape/ have every key and its meaning.
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs `lra` and exits: 0 for success, 1 for a failed run, 2 for a mistake in the call."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    follows = _processes() > 1 and os.environ.get("RANK", "0") != "0"
+    follows = os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0"
     # What the first of several processes tells, the others need not.
     handler = _Console(logging.ERROR if follows else logging.INFO)
     LOG.addHandler(handler)
@@ -122,8 +122,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _processes() -> int:
-    """Returns how many processes torchrun has started."""
-    return int(os.environ.get("WORLD_SIZE") or 1)
+    """Returns how many processes torchrun has started.
+
+    Raises:
+        ValueError: If its environment variable is no number.
+    """
+    told = os.environ.get("WORLD_SIZE") or "1"
+    if not (told.isdecimal() and int(told)):
+        raise ValueError(
+            f"The environment variable WORLD_SIZE is {told!r}, not the number of processes that "
+            f"torchrun has started: type unset WORLD_SIZE, or start lra by torchrun."
+        )
+    return int(told)
 
 
 class _Console(logging.Handler):
