@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+import warnings
 from typing import Any
 
 import torch
@@ -28,8 +29,11 @@ def build_model(config: RunConfig, task: Task, attention: str | None = None) -> 
     return model
 
 
-def compiled(model: nn.Module, device: torch.device) -> None:
-    """Makes a model's calls go through torch.compile, for batches of any size.
+def compiled(model: Classifier, device: torch.device) -> None:
+    """Makes the calls of a model's blocks go through torch.compile, for batches of any size.
+
+    Each block by itself: that takes half the time to compile of a whole model, gives no slower
+    steps, and leaves activation checkpointing outside of what is compiled.
 
     Raises:
         ValueError: If there is no C++ compiler where one is needed.
@@ -42,7 +46,10 @@ def compiled(model: nn.Module, device: torch.device) -> None:
         )
     torch._inductor.config.fallback_random = True  # the draws of the model as it is
     torch._logging.set_logs(dynamo=logging.ERROR)  # no word of graphs that end at dropout's draws
-    model.compile(dynamic=True)
+    # Of what a compiler looks at in the inputs of a block; nothing is amiss.
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor", module="torch")
+    for block in model.encoder.blocks:
+        block.compile(dynamic=True)
 
 
 def build_classifier(

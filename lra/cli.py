@@ -19,6 +19,7 @@ examples:
   lra train -m 'task=glob(*)' 'attention=glob(*)' seed=0,1,2 --dry-run
   lra status
   lra eval runs/quick/listops/softmax/s0-1a2b3c4d
+  lra maps runs/quick/listops/softmax/s0-1a2b3c4d runs/quick/listops/rfa/s0-5e6f7a8b
   lra bench attention=softmax,cosformer lengths=1024,2048
   lra report
   lra compare softmax cosformer --protocol quick
@@ -42,7 +43,7 @@ starts nothing, and prints each run, how far it is and the time it will take.
   reuse=never                              start over instead of keeping or resuming
   keep_checkpoint=true                     keep the weights of a finished run, for lra eval
   activation_checkpointing=true            less memory: activations are computed again
-  compile=true                             torch.compile the model
+  compile=true                             torch.compile the blocks of the model
   tune=lr                                  first choose the learning rate by validation, with seed 0
   sweep=NAME                               with -m: the runs of a paper's table (lra ls)
   launch=joblib runs_at_once=2             with -m: several runs at once, threads divided
@@ -78,7 +79,7 @@ conf/bench.yaml and conf/shape/ have every key and its meaning.
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs `lra` and exits: 0 for success, 1 for a failed run, 2 for a mistake in the call."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    follows = _processes() > 1 and os.environ.get("RANK", "0") != "0"
+    follows = os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0"
     # What the first of several processes tells, the others need not.
     handler = _Console(logging.ERROR if follows else logging.INFO)
     LOG.addHandler(handler)
@@ -122,8 +123,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _processes() -> int:
-    """Returns how many processes torchrun has started."""
-    return int(os.environ.get("WORLD_SIZE") or 1)
+    """Returns how many processes torchrun has started.
+
+    Raises:
+        ValueError: If its environment variable is no number.
+    """
+    told = os.environ.get("WORLD_SIZE") or "1"
+    if not (told.isdecimal() and int(told)):
+        raise ValueError(
+            f"The environment variable WORLD_SIZE is {told!r}, not the number of processes that "
+            f"torchrun has started: type unset WORLD_SIZE, or start lra by torchrun."
+        )
+    return int(told)
 
 
 class _Console(logging.Handler):
@@ -198,6 +209,9 @@ def _other(arguments: list[str]) -> int:
     commands.add_parser("bench", help="measure speed and memory by length", add_help=False)
     command = commands.add_parser("eval", help="score a run's checkpoint on the test set again")
     command.add_argument("folder", type=Path, metavar="RUN_FOLDER")
+    command = commands.add_parser("maps", help="draw the attention of runs with a checkpoint")
+    command.add_argument("folders", type=Path, nargs="+", metavar="RUN_FOLDER")
+    command.add_argument("--out", type=Path, default=Path("results"), help="folder to write to")
     command = commands.add_parser("report", help="write the tables of all runs to results/")
     command.add_argument(
         "--runs", type=Path, nargs="+", default=[Path("runs")], help="folders of runs"
@@ -237,6 +251,11 @@ def _other(arguments: list[str]) -> int:
         return int(end.code or 0)
     if given.command == "eval":
         return _evaluate(given.folder)
+    if given.command == "maps":
+        from lra.maps import write
+
+        write(given.folders, given.out)
+        return 0
     if given.command == "status":
         return _status(given.what)
     if given.command == "report":
@@ -305,7 +324,8 @@ def _report(given: argparse.Namespace) -> int:
 
 
 def _evaluate(folder: Path) -> int:
-    from lra.run import describe, evaluate_again
+    from lra.kept import evaluate_again
+    from lra.run import describe
 
     record, score = evaluate_again(folder)
     print(f"recorded: {describe(record)}")

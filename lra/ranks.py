@@ -54,7 +54,7 @@ def joined() -> Iterator[None]:
 
 def asked() -> int:
     """Returns how many processes torchrun has started, whether they are connected or not."""
-    return int(os.environ.get("WORLD_SIZE") or 1)
+    return int(os.environ.get("WORLD_SIZE") or 1)  # a number: the command line has looked at it
 
 
 def count() -> int:

@@ -17,17 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from lra import checkpoint, divergence, measure, ranks, record
-from lra.batches import Batches
-from lra.build import autocast, build_model
 from lra.config import RunConfig
-from lra.evaluate import evaluate
 from lra.files import Busy, canonical_json, locked, short_hash
-from lra.plugins import import_plugins
-from lra.record import Record, Score
+from lra.record import Record
 from lra.signals import StopSignals
 from lra.text import shareable
-from lra.train import Stopped, Trainer, tested
-from lra.typed import from_mapping
+from lra.train import Stopped, Trainer
 
 LOG = logging.getLogger("lra")
 
@@ -207,7 +202,7 @@ def _run_recorded(config: RunConfig, current: Record, folder: Path, data_hash: s
         try:
             with ranks.together():
                 prepared = config.build_task().prepare(hashes="splits")
-                _check_data(prepared.manifest, folder, data_hash)
+                check_data(prepared.manifest, folder, data_hash)
                 current.task |= {
                     "data_hash": prepared.manifest["hash"],
                     "source": prepared.manifest["source"],
@@ -259,11 +254,15 @@ def check_finished(config: RunConfig, folder: Path, finished: Record) -> None:
     state, _ = task.state()
     if state != "missing":  # nothing is prepared for the sake of a finished run
         manifest = task.manifest() if state == "found" else task.prepare().manifest
-        _check_data(manifest, folder, finished.task.get("data_hash"))
+        check_data(manifest, folder, finished.task.get("data_hash"))
 
 
-def _check_data(manifest: Mapping[str, Any], folder: Path, data_hash: str | None) -> None:
-    """Refuses other data than an earlier session had."""
+def check_data(manifest: Mapping[str, Any], folder: Path, data_hash: str | None) -> None:
+    """Refuses other data than an earlier session had.
+
+    Raises:
+        ValueError: What the run was on, what there is now, and what to type.
+    """
     if data_hash not in (None, manifest["hash"]):
         raise ValueError(
             f"{folder} was run on data {data_hash}, but the prepared data is "
@@ -300,49 +299,6 @@ def _unchosen(trials: list[dict[str, Any]]) -> tuple[record.Status, str]:
     ends = {trial["status"] for trial in trials}
     told = "; ".join(f"lr={t['lr']:g} {t['status']}: {t['reason']}" for t in trials)
     return ends.pop() if len(ends) == 1 else "failed", f"no trial came to its end: {told}"
-
-
-def evaluate_again(folder: Path) -> tuple[Record, Score]:
-    """Scores the tested weights of a run's checkpoint on the test set once more.
-
-    Returns:
-        The run's record, and the score computed now.
-
-    Raises:
-        ValueError: If the folder has no record, or no checkpoint that has been evaluated.
-    """
-    finished = record.load(folder)
-    if finished is None:
-        raise ValueError(f"{folder} has no record.json: give the folder of a run.")
-    if finished.trial_of is not None:
-        raise ValueError(f"{folder} is a trial of a tuning, and trials are never tested.")
-    finished.check_identity(folder / "record.json")
-    config = from_mapping(RunConfig, finished.config, "")
-    import_plugins(config.plugins)
-    device = measure.resolve_device(config.device)
-    task = config.build_task()
-    if task.fingerprint != finished.task["fingerprint"]:
-        raise ValueError(f"{folder}/record.json has settings of another task: was it edited?")
-    model = build_model(config, task)
-    saved = checkpoint.load(folder, finished.hash, model)
-    if saved is None and finished.status == "ok":
-        raise ValueError(
-            f"{folder} has no checkpoint: that of a finished run is removed, unless it is to be "
-            f"kept. Train again: {finished.command} keep_checkpoint=true reuse=never"
-        )
-    if saved is None or saved["state"].best is None:
-        raise ValueError(f"{folder} has no checkpoint with an evaluation: {finished.status}.")
-    validation, weights = tested(config.train, saved["state"])
-    model.load_state_dict(saved["model"] if weights is None else weights)
-    prepared = task.prepare(hashes="splits")
-    _check_data(prepared.manifest, folder, finished.task.get("data_hash"))
-    finished.steps = saved["state"].step
-    precision = finished.precision["name"]
-    data = Batches(prepared.splits["test"], device, precision=precision)
-    data.evaluation_tokens = saved["state"].evaluation_tokens
-    computed = autocast(device, precision)
-    score, _ = evaluate(model.to(device), data, computed, validation.step)
-    return finished, score
 
 
 def describe(finished: Record) -> str:

@@ -21,7 +21,8 @@ from lra import checkpoint, record, train
 from lra.batches import Batches
 from lra.compose import load
 from lra.evaluate import evaluate
-from lra.run import evaluate_again, run
+from lra.kept import evaluate_again
+from lra.run import run
 from lra.signals import StopSignals
 from lra.train import Trainer
 from models.classifier import Classifier

@@ -204,6 +204,13 @@ def test_other_commands_are_not_for_torchrun(monkeypatch, capsys):
     assert "type lra ls attention without it" in capsys.readouterr().err
 
 
+def test_a_number_of_processes_that_is_none_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(SystemExit, match="2"):
+        main(["ls", "attention"])
+    assert "WORLD_SIZE is 'two'" in capsys.readouterr().err
+
+
 @pytest.fixture
 def second_of_two(monkeypatch):
     """Makes this the second of two processes, without the first."""

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import signal
+from functools import partialmethod
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ import torch
 from lra import record
 from lra.compose import load
 from lra.files import locked
-from lra.run import evaluate_again, new_record, run, run_folder
+from lra.kept import evaluate_again
+from lra.run import new_record, run, run_folder
 from lra.sweep import sweep
 from lra.tasks.base import Task
 from lra.train import Trainer
@@ -165,6 +167,19 @@ def test_compiling_without_a_compiler_says_what_to_install(smoke, monkeypatch):
     assert done.status == "failed"
     assert "C++ compiler" in done.reason
     assert "no-such-compiler" in done.reason
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_a_compiled_run_ends_as_the_plain_one(smoke, tmp_path, monkeypatch):
+    """With what torch.compile traces run as it is: code takes a compiler and a minute."""
+    overrides = smoke("attention=cosformer", "model.dropout=0", "keep_checkpoint=true")
+    run(load(overrides))
+    kept = folder_of(overrides).rename(tmp_path / "kept")
+    compiling = partialmethod(torch.nn.Module.compile, backend="eager")
+    monkeypatch.setattr(torch.nn.Module, "compile", compiling)
+    done = run(load([*overrides, "compile=true", "activation_checkpointing=true"]))
+    assert done.status == "ok", done.reason
+    assert_same_end(folder_of(overrides), kept)
 
 
 def test_bf16_is_computed_and_recorded(smoke):

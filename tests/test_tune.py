@@ -10,8 +10,9 @@ import lra.tune
 from lra import record
 from lra.compose import load
 from lra.files import locked
+from lra.kept import evaluate_again
 from lra.plan import dry_run
-from lra.run import evaluate_again, run, run_folder
+from lra.run import run, run_folder
 from lra.status import state_of
 from lra.train import Stopped, Trainer
 from lra.tune import train, trials

@@ -15,13 +15,14 @@ from lra.report.store import read
 def write(runs: Sequence[Path], out: Path) -> list[Path]:
     """Writes the leaderboard and the figures of every protocol, and prints the leaderboards.
 
-    Tables of what `lra bench` has left in ``out`` are written again.
+    Tables of what `lra bench` has left in ``out`` are written again, and from both the page of the
+    seed papers' claims.
 
     Args:
         runs: Folders of runs, one's own and others'; every ``record.json`` below them is read.
         out: The folder to write to: ``leaderboard-<protocol>.{md,csv,tex}``,
             ``curves-<protocol>.png``, ``seeds-<protocol>.png`` and ``tradeoff-<protocol>.png``,
-            and ``leaderboard.html`` of all protocols.
+            ``leaderboard.html`` of all protocols and ``claims.md``.
 
     Returns:
         The CSV files.
@@ -35,7 +36,8 @@ def write(runs: Sequence[Path], out: Path) -> list[Path]:
             f"There is no record below {', '.join(map(str, runs))}: train first (lra train), or "
             f"name the folders of your runs with --runs."
         )
-    from lra.report import efficiency, figures, html  # matplotlib, which lra compare does not need
+    # matplotlib, which lra compare does not need
+    from lra.report import claims, efficiency, figures, html
 
     names = sorted({run.record.protocol for run in found})
     boards = [Board([run for run in found if run.record.protocol == name]) for name in names]
@@ -51,6 +53,8 @@ def write(runs: Sequence[Path], out: Path) -> list[Path]:
         print(f"{markdown}\nwritten to {path}.md, .csv and .tex; {', '.join(map(str, drawn))}")
     write_text(out / "leaderboard.html", html.page(boards))
     print(f"all of it to look into: {out / 'leaderboard.html'}")
-    for path in sorted(out.glob("efficiency-*.jsonl")):
+    stores = sorted(out.glob("efficiency-*.jsonl"))
+    for path in stores:
         efficiency.write(path)
+    claims.write(boards, stores, out)
     return tables

@@ -50,7 +50,7 @@ def write(board: Board, out: Path) -> list[Path]:
         with rc_context({"text.parse_math": False}):  # a name with two dollar signs is no formula
             figure = draw(board)
             if figure is not None:
-                _save(figure, path)
+                save(figure, path)
                 paths.append(path)
     return paths
 
@@ -265,7 +265,7 @@ def _name(axis: Axes, shown: list[Circle], renderer: RendererAgg) -> None:
         taken.append(box)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
     """Writes a PNG whose bytes depend on nothing but the drawing and matplotlib's version."""
     write_atomically(
         path,

@@ -322,7 +322,7 @@ def _row(runs: list[Run]) -> Row:
     failed = [r for r in records if r.status != "ok"]
     conditions = sorted({_conditions(r) for r in done or records})
     row = Row(
-        _label((done or records)[0]),
+        label_of((done or records)[0]),
         runs,
         "",
         "; ".join(conditions),
@@ -349,7 +349,8 @@ def _row(runs: list[Run]) -> Row:
     return row
 
 
-def _label(r: Record) -> str:
+def label_of(r: Record) -> str:
+    """Returns what the row of a record is called."""
     options = "".join(f" {key}={value}" for key, value in r.attention["non_default"].items())
     modified = ", ".join(f"{key}={value[1]}" for key, value in r.modified.items())
     tuned = f" ({r.tuning['name']} of {len(r.tuning['trials'])} trials)" if r.tuning else ""

@@ -17,6 +17,21 @@ Values = dict[str, dict[int, float | None]]
 """By model and length; None where it ran out of memory."""
 
 
+def published_ratio(source: str, quantity: str, model: str, length: int) -> str:
+    """Returns a paper's multiple of softmax at a length.
+
+    Args:
+        source: How the names of its sources begin: paper and table.
+        quantity: As in published_speed.csv.
+        model: Row of the table.
+        length: Tokens.
+    """
+    [values] = [v for name, v in _published(quantity).items() if name.startswith(source)]
+    if values["softmax"][length] is None:
+        return f"softmax {CROSS}"
+    return f"× {_ratios(values, model, [length])}"
+
+
 def published_table(panel: Panel) -> list[Table]:
     """Returns a table for each quantity of which both we and a paper have a ratio to softmax."""
     return [t for q, name in QUANTITIES[panel.mode] if (t := _table(panel, q, name)) is not None]

@@ -6,15 +6,31 @@ Fits and interpolations are straight lines in the logarithms of length and figur
 import math
 from collections.abc import Mapping
 
+T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+"""97.5 % quantiles of Student's t, of 1 degree of freedom and more."""
+
 
 def exponent(values: Mapping[int, float | None]) -> float | None:
     """Returns the least-squares slope of log value over log length; None below three lengths."""
+    interval = exponent_interval(values)
+    return None if interval is None else interval[0]
+
+
+def exponent_interval(
+    values: Mapping[int, float | None],
+) -> tuple[float, float, float] | None:
+    """Returns `exponent` and the ends of its 95 % interval, by Student's t of the residuals."""
     points = [(math.log(n), math.log(v)) for n, v in values.items() if v]
     if len(points) < 3:
         return None
     x0, y0 = (sum(axis) / len(points) for axis in zip(*points, strict=True))
-    above = sum((x - x0) * (y - y0) for x, y in points)
-    return above / sum((x - x0) ** 2 for x, _ in points)
+    spread = sum((x - x0) ** 2 for x, _ in points)
+    slope = sum((x - x0) * (y - y0) for x, y in points) / spread
+    residuals = sum((y - y0 - slope * (x - x0)) ** 2 for x, y in points)
+    freedom = len(points) - 2
+    quantile = T_QUANTILES[min(freedom, len(T_QUANTILES)) - 1]
+    reach = quantile * math.sqrt(residuals / freedom / spread)
+    return slope, slope - reach, slope + reach
 
 
 def crossover(ours: Mapping[int, float | None], base: Mapping[int, float | None]) -> float | None:

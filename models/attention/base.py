@@ -270,6 +270,17 @@ class Attention(Mechanism):
         """Makes ``quadratic``'s output of the matrix; overridden where it is not weights @ v."""
         return weights @ v
 
+    def exact(self, q: Tensor, k: Tensor, context: Context) -> Tensor | None:
+        """Returns the matrix (B, H, N, S) that random features estimate; None if none do."""
+        return None
+
+    def reweighting(self, q: Tensor, k: Tensor, context: Context) -> Tensor | None:
+        """Returns the factors of similarities that positions alone decide; None if none do.
+
+        Their shape is (B, H, N, S), or (B, 1, N, S) where heads share them.
+        """
+        return None
+
     def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> Any:
         """Returns the state before the first token, for ``step``.
 

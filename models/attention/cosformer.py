@@ -105,6 +105,13 @@ class Cosformer(KernelAttention):
         with torch.autocast(q.device.type, enabled=False):
             return self._softmax_weights(q, k, context)
 
+    def reweighting(self, q: Tensor, k: Tensor, context: Context) -> Tensor:
+        """Returns cos(pi (i - j) / (2 M)), (B, 1, N, S)."""
+        q, k = at_least_float32(q), at_least_float32(k)
+        horizon = self._horizon(q, k, context)
+        distances = _angles(q, horizon, 0)[..., None] - _angles(k, horizon, 0)[..., None, :]
+        return distances.cos()[:, None]
+
     def cost(self, n: int, s: int) -> Cost:
         """As the engine's; with softmax similarity two N x S products, and the N x S weights."""
         if self.config.feature != "softmax":
@@ -128,13 +135,11 @@ class Cosformer(KernelAttention):
 
     def _softmax_weights(self, q: Tensor, k: Tensor, context: Context) -> Tensor:
         q, k = at_least_float32(q), at_least_float32(k)
-        horizon = self._horizon(q, k, context)
-        distances = _angles(q, horizon, 0)[..., None] - _angles(k, horizon, 0)[..., None, :]
         scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
         scores = scores.masked_fill(~admissible_keys(q, k, context), -torch.inf)
         # The largest admissible score, which cancels; 0 where there is none.
         top = scores.detach().amax(-1, keepdim=True).nan_to_num(neginf=0.0)
-        similarity = (scores - top).exp() * distances.cos()[:, None]
+        similarity = (scores - top).exp() * self.reweighting(q, k, context)
         return similarity / guard(similarity.sum(-1, keepdim=True), signed=False)
 
 

@@ -28,8 +28,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention import register_attention
-from models.attention.base import Capabilities, Context, Cost
-from models.attention.engines.kernel import projected
+from models.attention.base import (
+    Capabilities,
+    Context,
+    Cost,
+    admissible_keys,
+    at_least_float32,
+    masked_softmax,
+)
+from models.attention.engines.kernel import guard, projected
 from models.attention.engines.kernel_attention import Features, KernelAttention
 
 
@@ -127,10 +134,7 @@ class RandomFeatureAttention(KernelAttention):
         # Evaluation keeps the pool's first matrices, whatever training draws.
         matrices = self.pool[self.drawn] if self.training else self.pool[: self.num_heads]
         matrices = matrices.transpose(-2, -1).to(q.dtype)
-        scale = (self.scale / self.config.tau)[:, None, :]
-        if self.config.normalise:
-            q, k = _unit(q), _unit(k)
-        q, k = q * scale, k * scale
+        q, k = self._scaled(q, k)
         features = _relu_features if self.config.kernel == "arccos" else _SinCos.apply
         log_weight = log_decay = None
         if self.config.kernel == "gaussian" and not self.config.normalise:
@@ -143,6 +147,29 @@ class RandomFeatureAttention(KernelAttention):
             log_weight = log_kept if log_weight is None else log_weight + log_kept
         q, k = (features(projected(x, matrices)) for x in (q, k))
         return Features(q, k, log_weight, log_decay)
+
+    def exact(self, q: Tensor, k: Tensor, context: Context) -> Tensor | None:
+        """Returns attention by the kernel itself; None of RFA-Gate, which is causal alone."""
+        if self.config.gate:
+            return None
+        q, k = self._scaled(at_least_float32(q), at_least_float32(k))
+        keep = admissible_keys(q, k, context)
+        products = q @ k.transpose(-2, -1)
+        if self.config.kernel == "gaussian":
+            if self.config.normalise:  # else the factor of the keys' norms is put back
+                products = products - k.square().sum(-1)[..., None, :] / 2
+            return masked_softmax(products, keep)
+        norms = q.norm(dim=-1)[..., None] * k.norm(dim=-1)[..., None, :]
+        angles = (products / norms.clamp_min(1e-12)).clamp(-1, 1).acos()
+        similarity = norms * (angles.sin() + (math.pi - angles) * angles.cos()) * keep
+        return similarity / guard(similarity.sum(-1, keepdim=True), signed=False)
+
+    def _scaled(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns what the standard normal vectors are multiplied with."""
+        if self.config.normalise:
+            q, k = _unit(q), _unit(k)
+        scale = (self.scale / self.config.tau)[:, None, :]
+        return q * scale, k * scale
 
     def cost(self, n: int, s: int) -> Cost:
         """Adds the projections to the engine's products."""
