@@ -288,11 +288,9 @@ class _Composer:
         except MissingConfigException as error:
             folder, _, task = str(error.missing_cfg_file).rpartition("/")
             if folder == "hydra/launcher":
-                launch = "slurm" if task == "submitit_slurm" else task
-                raise ValueError(
-                    f"launch={launch} needs a package that is not installed: run "
-                    f"pip install -c constraints.txt -e '.[{launch}]'."
-                ) from None
+                extra = task.removeprefix("submitit_")
+                told = f"needs a package: pip install -c constraints.txt -e '.[{extra}]'."
+                raise ValueError(f"launch={extra} {told}") from None
             if not folder.startswith("protocol/"):
                 raise ValueError(str(error).strip()) from None
             known = ", ".join(self.loader.get_group_options(folder)) or "none"

@@ -93,7 +93,7 @@ def test_a_launcher_is_composed_or_says_what_to_type_to_install_it(launch, packa
         assert load([f"launch={launch}"]).device == ("cuda" if launch == "slurm" else "auto")
     else:
         with pytest.raises(
-            ValueError, match=rf"^launch={launch} needs a package .*'\.\[{launch}\]'"
+            ValueError, match=rf"^launch={launch} needs a package: .*'\.\[{launch}\]'"
         ):
             load([f"launch={launch}"])
 
