@@ -159,7 +159,7 @@ def change(random, tree):
         old = owner[key]
         owner[key] = copy.deepcopy(random.choice((*VALUES, str(old), [old], {"a": old})))
         if isinstance(old, int | float) and not isinstance(old, bool) and random.random() < 0.5:
-            owner[key] = random.choice((-old, old + 1, old * 10**6, old / 3, *NUMBERS))
+            owner[key] = random.choice((-old, old + 1, old * 10**6, old // 3, *NUMBERS))
     elif kind == "remove":
         del owner[key]
     elif kind == "rename" and isinstance(owner, dict):
