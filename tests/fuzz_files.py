@@ -86,14 +86,14 @@ class Records:
 
     def report(self, random, folder):
         drawn = random.random() < 0.1  # figures take a second
-        keep = lra.report.figures._save
-        lra.report.figures._save = keep if drawn else lambda figure, path: None
+        keep = lra.report.figures.save
+        lra.report.figures.save = keep if drawn else lambda figure, path: None
         try:
             code, printed, _ = call(
                 "report", "--runs", str(self.folder / "runs"), "--out", str(self.folder / "out")
             )
         finally:
-            lra.report.figures._save = keep
+            lra.report.figures.save = keep
         if code != 0 or not re.search(r"\| (linear|softmax)", printed):
             raise Failure(f"the sound records are not reported, code {code}")
         return code

@@ -350,6 +350,7 @@ def test_a_killed_build_goes_on_from_its_finished_parts(task, tmp_path, generato
 
 
 SLOW = """
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell has sent behind
 Generator(lambda index: time.sleep(index > 4 and 0.05)).install(patch)
 try:
     make(Path(sys.argv[1]), num_train=10_000).prepare()
