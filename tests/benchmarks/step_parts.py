@@ -56,12 +56,18 @@ def image(examples=512, length=1024):
 
 
 def seconds(step, rounds):
-    taken = []
+    return by_turns([step], rounds)[0]
+
+
+def by_turns(steps, rounds):
+    """Returns the median seconds of each step, taken in turn, so that drift favours none."""
+    taken = [[] for _ in steps]
     for _ in range(rounds):
-        start = time.perf_counter()
-        step()
-        taken.append(time.perf_counter() - start)
-    return median(taken)
+        for step, times in zip(steps, taken, strict=True):
+            start = time.perf_counter()
+            step()
+            times.append(time.perf_counter() - start)
+    return list(map(median, taken))
 
 
 def floor_of(trainer, element):
@@ -167,7 +173,8 @@ def main():
                 both = ["listops", name, f"precision={precision}"]
                 whole = padded(trainer(*both, "micro_batches=1"))
                 steps = [trainer(*both)._step, whole._step]
-                taken = [seconds(step, given.rounds) for step in steps]
+                by_turns(steps, 2 * given.rounds)  # of new widths, some products are compiled first
+                taken = by_turns(steps, given.rounds)
                 print(
                     f"  {name:<20} {taken[1]:.3f} s and {taken[0]:.3f} s: {taken[1] / taken[0]:.2f}"
                 )
