@@ -270,10 +270,12 @@ def test_a_gpu_judges_before_a_cpu_and_the_largest_batch_before_others():
 # The page
 
 
-def test_the_page_counts_verdicts_and_has_every_claim_and_command(trained, tmp_path):
+def test_the_page_counts_verdicts_and_has_every_claim_and_command(trained, tmp_path, capsys):
     runs = [trained(name, count) for name, count in (("cosformer", 300), ("softmax", 250))]
     path = claims.write([Board(runs)], [], tmp_path / "results")
     text = path.read_text()
+    [line] = capsys.readouterr().out.splitlines()  # in a terminal the leaderboards are looked at
+    assert str(path) in line
     every = [claim for its in claims.CLAIMS.values() for claim in its]
     assert f"{len(every)} claims: 0 held, 0 did not hold, 0 not decided, {len(every)} not" in text
     rows = [row for part in text.split("\n## ")[1:-1] for row in table_of(part)]

@@ -158,7 +158,7 @@ CLAIMS: dict[str, tuple[Claim, ...]] = {
 
 
 def write(boards: Sequence[Board], stores: Sequence[Path], out: Path) -> Path:
-    """Writes ``claims.md`` and prints it.
+    """Writes ``claims.md`` and prints how many claims got which verdict.
 
     Args:
         boards: The leaderboards of all protocols.
@@ -172,18 +172,16 @@ def write(boards: Sequence[Board], stores: Sequence[Path], out: Path) -> Path:
         for paper, claims in CLAIMS.items()
     }
     path = out / "claims.md"
-    text = _page(judged)
-    write_text(path, text)
-    print(f"{text}\nwritten to {path}")
+    verdicts = [finding.verdict for found in judged.values() for _, finding in found]
+    told = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in VERDICTS)
+    count = f"{len(verdicts)} claims: {told}."
+    write_text(path, _page(judged, count))
+    print(f"claims of the seed papers in {path}: {told}")
     return path
 
 
-def _page(judged: dict[str, list[tuple[Claim, Finding]]]) -> str:
-    findings = [finding for found in judged.values() for _, finding in found]
-    verdicts = [finding.verdict for finding in findings]
-    count = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in VERDICTS)
-    rules = "\n".join(RULES)
-    sections = ["# Claims of the seed papers", f"{len(verdicts)} claims: {count}.", rules]
+def _page(judged: dict[str, list[tuple[Claim, Finding]]], count: str) -> str:
+    sections = ["# Claims of the seed papers", count, "\n".join(RULES)]
     missing: dict[str, list[str]] = {}
     number = 0
     for paper, found in judged.items():
