@@ -126,11 +126,24 @@ def test_cosformers_reweighting_is_the_cosine_of_the_relative_distance(trained, 
     assert (found.reweighting / found.sequences - cosine).abs().max() < torch.pi / 2 / 20
 
 
-@pytest.mark.parametrize("options", [{}, {"normalise": False}, {"kernel": "arccos"}, {"tau": 1.5}])
-def test_random_features_tend_to_what_they_estimate(options):
+RFA = {"projections": 200_000, "pool": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("rfa", RFA),
+        ("rfa", RFA | {"normalise": False}),
+        ("rfa", RFA | {"kernel": "arccos"}),
+        ("rfa", RFA | {"tau": 1.5}),
+        ("performer", {"features": 200_000}),
+    ],
+)
+def test_random_features_tend_to_what_they_estimate(name, options):
     sizes = {"num_heads": 2, "head_dim": 4, "max_len": 16, "model_dim": 8}
-    attention = build_attention("rfa", **sizes, projections=200_000, pool=2, **options).double()
-    attention.scale.data = torch.linspace(0.5, 1.5, 8, dtype=torch.float64).reshape(2, 4)
+    attention = build_attention(name, **sizes, **options).double()
+    if name == "rfa":
+        attention.scale.data = torch.linspace(0.5, 1.5, 8, dtype=torch.float64).reshape(2, 4)
     generator = torch.Generator().manual_seed(0)
     q, k = 0.4 * torch.randn(2, 1, 2, 12, 4, generator=generator, dtype=torch.float64)
     mask = torch.arange(12)[None] < 9

@@ -24,7 +24,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.attention import register_attention
-from models.attention.base import Capabilities, Context, Cost, at_least_float32
+from models.attention.base import (
+    Capabilities,
+    Context,
+    Cost,
+    admissible_keys,
+    at_least_float32,
+    masked_softmax,
+)
 from models.attention.engines.kernel import projected
 from models.attention.engines.kernel_attention import LOWEST, Features, KernelAttention
 
@@ -129,6 +136,13 @@ class Performer(KernelAttention):
         top_q, top_k = (x.detach().amax(-1, keepdim=True) for x in (fq, fk))
         log_weight = _log_norm(k) + top_k.squeeze(-1)
         return Features(fq.sub_(top_q - QUERY_UNIT).exp_(), fk.sub_(top_k).exp_(), log_weight)
+
+    def exact(self, q: Tensor, k: Tensor, context: Context) -> Tensor | None:
+        """Returns softmax attention; None of the relu kernel, which estimates nothing."""
+        if self.config.kernel == "relu":
+            return None
+        scores = at_least_float32(q) @ at_least_float32(k).mT * self.head_dim**-0.5
+        return masked_softmax(scores, admissible_keys(q, k, context))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         """Computes the attention in time and memory linear in N."""
