@@ -85,15 +85,16 @@ def read_split(path: Path) -> Split:
     whole = mapped.read_buffer()
     mapped.seek(0)
     starts, lengths, labels = [], [], []
+    # By DLPack: pyarrow's to_numpy imports pandas, for longer than the rest takes.
     for batch in pa.ipc.open_stream(mapped):
         column = batch.column("tokens")
         lists = column.values if pa.types.is_fixed_size_list(column.type) else column
-        offsets = lists.offsets.to_numpy(zero_copy_only=True)
+        offsets = np.from_dlpack(lists.offsets)
         shape = (len(batch),) if lists is column else (len(batch), 2)
-        values = lists.values.to_numpy(zero_copy_only=True)
+        values = np.from_dlpack(lists.values)
         place = (values.ctypes.data - whole.address) // values.itemsize if len(values) else 0
         starts.append((place + offsets[:-1]).reshape(shape))
         lengths.append(np.diff(offsets).reshape(shape))
-        labels.append(batch.column("label").to_numpy(zero_copy_only=True))
+        labels.append(np.from_dlpack(batch.column("label")))
     tokens = np.frombuffer(whole, values.dtype, count=whole.size // values.itemsize)
     return Split(tokens, *map(np.concatenate, (starts, lengths, labels)))
