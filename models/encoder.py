@@ -123,8 +123,7 @@ class _Unbound(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        like = next(g for g in gradients)
-        whole = like.new_empty_strided(ctx.shape, ctx.order)
+        whole = gradients[0].new_empty_strided(ctx.shape, ctx.order)
         for part, gradient in zip(whole, gradients, strict=True):
             part.copy_(gradient)
         return whole

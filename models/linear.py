@@ -12,10 +12,13 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns x W^T + b."""
-        generating = x.device.type == "cpu" and not torch.is_grad_enabled()
-        generating = generating and not torch.compiler.is_compiling()  # which knows no such number
-        rows = x.shape[:-1].numel()
-        if not generating or rows not in FEW_ROWS or torch.is_autocast_enabled("cpu"):
+        if (
+            torch.compiler.is_compiling()  # to it the number of rows is a symbol, in no range
+            or torch.is_grad_enabled()
+            or x.device.type != "cpu"
+            or (rows := x.shape[:-1].numel()) not in FEW_ROWS
+            or torch.is_autocast_enabled("cpu")
+        ):
             return super().forward(x)
         columns = x.reshape(rows, -1).mT
         if self.bias is None:

@@ -31,6 +31,7 @@ import time
 from pathlib import Path
 
 from cluster_daemons import Failure, output, start_slurm, stop_all
+from processes import often_saved
 
 ROOT = Path(__file__).parents[1]
 STEPS = 60
@@ -39,16 +40,7 @@ SWEEP = ["task=listops,pathfinder", "attention=softmax,cosformer,linear"]
 CUT = ["task=listops", "attention=softmax"]
 """The run that is cut, the first of the sweep."""
 
-SETTINGS = [
-    "protocol=smoke",
-    f"train.steps={STEPS}",
-    "train.eval_every=5",
-    "checkpoint_seconds=0",
-    "keep_checkpoint=true",
-    "micro_batches=1",
-    "tracker=none",
-    "device=cpu",
-]
+SETTINGS = often_saved(STEPS)
 
 PAUSES = '''"""Makes a run pause before every step, which changes nothing but its time."""
 

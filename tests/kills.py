@@ -28,6 +28,7 @@ from random import Random
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: a process with threads is not to be forked
 
 import torch._dynamo  # noqa: F401  (every optimiser imports it, for longer than the run takes)
+from processes import often_saved
 from test_run import assert_same_end
 
 from lra import checkpoint
@@ -38,16 +39,7 @@ from models.attention import ATTENTIONS
 
 STEPS = 40
 
-SETTINGS = [
-    "protocol=smoke",
-    f"train.steps={STEPS}",
-    "train.eval_every=5",
-    "checkpoint_seconds=0",
-    "keep_checkpoint=true",
-    "micro_batches=1",
-    "tracker=none",
-    "device=cpu",
-]
+SETTINGS = often_saved(STEPS)
 
 ATTENTIONS_KILLED = ("softmax", "cosformer", "rfa", "nystrom")
 TASKS_KILLED = ("listops", "pathfinder", "citations")
@@ -84,14 +76,6 @@ class Aim:
     delay: float
 
 
-class NoPandas:
-    """Hides pandas, which pyarrow else imports in every session, for longer than the run takes."""
-
-    def find_spec(self, name, *_):
-        if name == "pandas":
-            raise ImportError(name)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--attention", nargs="+", default=ATTENTIONS_KILLED)
@@ -99,7 +83,6 @@ def main():
     parser.add_argument("--kills", type=int, default=100, help="shared out among their pairs")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    sys.meta_path.insert(0, NoPandas())
     for attention in given.attention:
         ATTENTIONS.get(attention)  # imports it
     scratch = Path(tempfile.mkdtemp(prefix="kills-"))

@@ -14,6 +14,20 @@ PRELOADED = ["lra.sweep", "lra.tune", "models.attention.softmax", "pyarrow", "to
 """Importing them takes longer than what tests run; every optimiser imports the last one."""
 
 
+def often_saved(steps):
+    """Returns the settings of runs that may be cut anywhere, each evaluation and step saved."""
+    return [
+        "protocol=smoke",
+        f"train.steps={steps}",
+        "train.eval_every=5",
+        "checkpoint_seconds=0",
+        "keep_checkpoint=true",
+        "micro_batches=1",
+        "tracker=none",
+        "device=cpu",
+    ]
+
+
 def start(arguments, environment, cwd, program=(sys.executable,)):
     """Starts `lra train` as a user does."""
     # A session of its own: signals go to this process and not to the tests.

@@ -1,6 +1,7 @@
 """T12 and T13: operations and memory grow as declared, and sizes are those declared."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -27,24 +28,22 @@ def causal_memory_is_that_of_bidirectional(subject: Subject) -> Worst:
 
 def memory_grows_as_declared(subject: Subject) -> Worst:
     """The exponent of a training pass's memory from 1,024 to 4,096 positions is that declared."""
-    worst = Worst(EXPONENTS[subject.able.memory] + 0.1)
-    for pattern in ("self", "causal"):
-        if pattern in subject.able.patterns:
-            causal = pattern == "causal"
-            small, large = (_training_peak(subject, n, 16, causal) for n in (1024, 4096))
-            worst.note(math.log(large / small, 4), f"{pattern}, declared {subject.able.memory}")
-    return worst
+    return _growth(subject, subject.able.memory, lambda n, c: _training_peak(subject, n, 16, c))
 
 
 def operations_grow_as_declared(subject: Subject) -> Worst:
     """The exponent of matrix products and convolutions from 1,024 to 4,096 is that declared."""
-    worst = Worst(EXPONENTS[subject.able.time] + 0.1)
+    return _growth(subject, subject.able.time, lambda n, causal: _operations(subject, n, causal))
+
+
+def _growth(subject: Subject, declared: str, measure: Callable[[int, bool], int]) -> Worst:
+    """Compares the growth of a figure of N positions, causal or not, with the one declared."""
+    worst = Worst(EXPONENTS[declared] + 0.1)
     for pattern in ("self", "causal"):
         if pattern in subject.able.patterns:
-            causal = pattern == "causal"
-            small, large = (_operations(subject, n, causal) for n in (1024, 4096))
+            small, large = (measure(n, pattern == "causal") for n in (1024, 4096))
             if small:
-                worst.note(math.log(large / small, 4), f"{pattern}, declared {subject.able.time}")
+                worst.note(math.log(large / small, 4), f"{pattern}, declared {declared}")
     return worst
 
 
