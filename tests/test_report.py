@@ -11,10 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
 
 from lra import report
 from lra.record import SCHEMA, Record, Score, Throughput, save_predictions
 from lra.report import figures, store
+from lra.report.leaderboard import Board
 from lra.report.published import published
 from lra.tasks import TASKS
 from models.attention import ATTENTIONS
@@ -643,6 +646,26 @@ def test_curves_and_tradeoff_are_drawn_where_there_is_something_to_draw(tmp_path
         image = (tmp_path / "results" / f"{name}-quick.png").read_bytes()
         assert image.startswith(b"\x89PNG")
         assert len(image) > 5000
+
+
+def test_names_beside_circles_do_not_cover_one_another(tmp_path):
+    """Circles of equal speed and score need lines to their names, which names may cross."""
+    names = [f"mechanism-{letter}" for letter in "abcdefghijkl"]
+    runs = [
+        store.Run(run(hash=f"{i:08}", attention=named(n)), tmp_path) for i, n in enumerate(names)
+    ]
+    reference = store.Run(run(400), tmp_path)
+    figure = figures.tradeoff(Board([*runs, reference]))
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    [panel] = figure.axes
+    boxes = [Text.get_window_extent(name, canvas.get_renderer()) for name in panel.texts]
+    assert len(boxes) == len(names) + 1
+    frame = panel.get_window_extent()
+    for i, box in enumerate(boxes):
+        assert frame.x0 <= box.x0 < box.x1 <= frame.x1
+        assert frame.y0 <= box.y0 < box.y1 <= frame.y1
+        assert not any(box.overlaps(other) for other in boxes[:i])
 
 
 # Reproducibility and damage

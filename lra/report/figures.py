@@ -10,6 +10,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import LogLocator
 
 from lra.files import write_atomically
@@ -35,6 +36,9 @@ PANELS = 3
 
 LARGEST = 700
 """Area of a panel's largest circle, square points."""
+
+NAME_TRIALS = 64
+"""Places that are tried for a name: four for every 7 points up and down."""
 
 
 def write(board: Board, out: Path) -> list[Path]:
@@ -240,7 +244,7 @@ def _name(axis: Axes, shown: list[Circle], renderer: RendererAgg) -> None:
     taken: list[Any] = []
     for circle in sorted(shown, key=lambda circle: (circle.accuracy, circle.label)):
         radius = math.sqrt(LARGEST * circle.peak_bytes / largest / math.pi) + 2
-        for trial in range(24):
+        for trial in range(NAME_TRIALS):
             side = 1 if trial % 4 < 2 else -1
             rise = 7 * (trial // 4) * (1 if trial % 2 else -1)
             text = axis.annotate(
@@ -256,11 +260,17 @@ def _name(axis: Axes, shown: list[Circle], renderer: RendererAgg) -> None:
                 else None,
             )
             text.set_in_layout(False)
-            box = text.get_window_extent(renderer)
-            inside = frame.x0 <= box.x0 and box.x1 <= frame.x1
+            text.update_positions(renderer)
+            box = Text.get_window_extent(text, renderer)  # of the name alone, without the arrow
+            inside = (
+                frame.x0 <= box.x0
+                and box.x1 <= frame.x1
+                and frame.y0 <= box.y0
+                and box.y1 <= frame.y1
+            )
             if inside and not any(box.overlaps(other) for other in taken):
                 break
-            if trial < 23:
+            if trial < NAME_TRIALS - 1:
                 text.remove()
         taken.append(box)
 
