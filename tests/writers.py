@@ -20,7 +20,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch: a process with threads is n
 
 import numpy as np
 import torch._dynamo  # noqa: F401  (every optimiser imports it, for longer than the run takes)
-from kills import Failure, NoPandas, start, wait
+from kills import Failure, start, wait
 
 from lra import record
 from lra.compose import load
@@ -38,7 +38,6 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--processes", type=int, default=8)
     given = parser.parse_args()
-    sys.meta_path.insert(0, NoPandas())
     ATTENTIONS.get("softmax")  # imports it
     scratch = Path(tempfile.mkdtemp(prefix="writers-"))
     settings = [*SETTINGS, f"cache_dir={scratch / 'cache'}", f"runs_dir={scratch / 'runs'}"]
