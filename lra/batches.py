@@ -30,6 +30,9 @@ WIDTH_MULTIPLE = 64
 A matrix product of a new shape is compiled there, which takes longer than to compute it.
 """
 
+CPU_TOKENS_AT_ONCE = 2**15
+"""Padded tokens of the micro-batches that are computed side by side on CPU, at most."""
+
 GPU_EVALUATION_TOKENS = 2**16
 """Padded tokens of an evaluation batch on a GPU; on CPU it is a micro-batch's."""
 
@@ -175,3 +178,10 @@ def resolve_micro_batches(
     if widths.size and widths.min() < widths.max():
         pieces = max(pieces, CPU_PIECES)
     return min(batch_size, pieces)
+
+
+def side_by_side(tokens: int, device: torch.device) -> int:
+    """Returns how many micro-batches of so many padded tokens are computed at once, at most."""
+    if device.type != "cpu":
+        return 1
+    return max(1, CPU_TOKENS_AT_ONCE // max(1, tokens))

@@ -1,7 +1,7 @@
 """Scores a split with a model, each example once, in batches that fit."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lra import measure, ranks
-from lra.batches import Batches
+from lra.batches import Batches, MicroBatch
 from lra.record import Score
+from lra.workers import Workers
 from models.classifier import Classifier
 
 LOG = logging.getLogger("lra")
@@ -19,7 +20,8 @@ LOG = logging.getLogger("lra")
 def evaluate(
     model: Classifier,
     data: Batches,
-    precision: torch.autocast,
+    autocast: Callable[[], torch.autocast],
+    workers: Workers,
     step: int,
     check: Callable[[], None] = lambda: None,
 ) -> tuple[Score, np.ndarray]:
@@ -30,7 +32,8 @@ def evaluate(
     Args:
         model: The model, with the weights of ``step``.
         data: The split; it keeps the size of batch that fits.
-        precision: The context to compute in.
+        autocast: Makes the context to compute in.
+        workers: Who computes.
         step: The optimiser step to write into the score.
         check: Called before every batch; may raise to stop.
 
@@ -38,7 +41,7 @@ def evaluate(
         The score, and the predicted classes in the split's order.
     """
     with ranks.together():
-        predictions, loss = _predicted(model, data, precision, check)
+        predictions, loss = _predicted(model, data, autocast, workers, check)
     # Each example is scored by one process; in the others its prediction is 0.
     ranks.sum_(predictions)
     ranks.sum_(loss)
@@ -48,12 +51,16 @@ def evaluate(
 
 
 def _predicted(
-    model: Classifier, data: Batches, precision: torch.autocast, check: Callable[[], None]
+    model: Classifier,
+    data: Batches,
+    autocast: Callable[[], torch.autocast],
+    workers: Workers,
+    check: Callable[[], None],
 ) -> tuple[Tensor, Tensor]:
     """Returns predicted classes and the summed loss, whatever size of batch that takes."""
     while True:
         try:
-            return _predict(model, data, precision, check)
+            return _predict(model, data, autocast, workers, check)
         except Exception as error:
             if not (measure.out_of_memory(error) and data.shrink()):
                 raise
@@ -62,18 +69,30 @@ def _predicted(
         LOG.warning(told, data.evaluation_tokens)
 
 
-@torch.no_grad()
 def _predict(
-    model: Classifier, data: Batches, precision: torch.autocast, check: Callable[[], None]
+    model: Classifier,
+    data: Batches,
+    autocast: Callable[[], torch.autocast],
+    workers: Workers,
+    check: Callable[[], None],
 ) -> tuple[Tensor, Tensor]:
     model.eval()
     device = data.labels.device
     predictions = torch.zeros(len(data), dtype=torch.long, device=device)
     loss = torch.zeros((), dtype=torch.float64, device=device)
-    for batch in data.evaluation():
-        check()
-        with precision:
+
+    def work(batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.no_grad(), autocast():
             logits = model(batch.tokens, batch.key_mask).float()
-        predictions[batch.indices] = logits.argmax(-1)
-        loss += F.cross_entropy(logits, batch.labels, reduction="sum")
+        summed = F.cross_entropy(logits, batch.labels, reduction="sum")
+        return batch.indices, logits.argmax(-1), summed
+
+    def checked() -> Iterator[MicroBatch]:
+        for batch in data.evaluation():
+            check()
+            yield batch
+
+    for indices, predicted, summed in workers.map(work, checked()):
+        predictions[indices] = predicted
+        loss += summed
     return predictions, loss

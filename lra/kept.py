@@ -1,12 +1,13 @@
 """The kept weights of a run: restored from its checkpoint, and scored again."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from lra import checkpoint, measure, record
-from lra.batches import Batches
+from lra.batches import Batches, evaluation_tokens, side_by_side
 from lra.build import autocast, build_model
 from lra.config import RunConfig
 from lra.evaluate import evaluate
@@ -16,6 +17,7 @@ from lra.run import check_data
 from lra.tasks.base import Prepared
 from lra.train import tested
 from lra.typed import from_mapping
+from lra.workers import Workers
 from models.classifier import Classifier
 
 
@@ -98,6 +100,7 @@ def evaluate_again(folder: Path) -> tuple[Record, Score]:
     precision = kept.record.precision["name"]
     data = Batches(kept.prepared.splits["test"], kept.device, precision=precision)
     data.evaluation_tokens = kept.evaluation_tokens
-    computed = autocast(kept.device, precision)
-    score, _ = evaluate(kept.model, data, computed, kept.step)
+    workers = Workers(side_by_side(evaluation_tokens(kept.device), kept.device))
+    computed = partial(autocast, kept.device, precision)
+    score, _ = evaluate(kept.model, data, computed, workers, kept.step)
     return kept.record, score

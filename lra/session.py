@@ -5,13 +5,14 @@ import math
 import threading
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from lra import checkpoint, divergence, measure, ranks
-from lra.batches import Batches, evaluation_tokens, resolve_micro_batches
+from lra.batches import Batches, evaluation_tokens, resolve_micro_batches, side_by_side
 from lra.build import autocast, build_model, compiled, count_parameters
 from lra.checkpoint import Metrics, State, Timed
 from lra.config import RunConfig
@@ -20,6 +21,7 @@ from lra.record import Record, Throughput
 from lra.schedules import beta1, learning_rate
 from lra.tasks.base import Prepared
 from lra.track import Tracker
+from lra.workers import Workers
 
 LOG = logging.getLogger("lra")
 
@@ -58,7 +60,7 @@ class Session:
         # Of several GPUs: some kernels ask for the current one.
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)
-        self.autocast = autocast(device, record.precision["name"])
+        self.autocast = partial(autocast, device, record.precision["name"])
         self.clock = clock
         share = (ranks.index(), ranks.count())
         self.data = {
@@ -98,13 +100,18 @@ class Session:
             LOG.info("%s: goes on from step %d", folder, self.state.step)
         ranks.share_(self.model.state_dict().values())
         self.gradients = ranks.Gradients(self.model)
+        share_of_batch = math.ceil(config.train.batch_size / ranks.count())
+        widths = self.data["train"].widths
         self.pieces_asked = resolve_micro_batches(
-            config.micro_batches,
-            math.ceil(config.train.batch_size / ranks.count()),
-            self.data["train"].widths,
-            device,
+            config.micro_batches, share_of_batch, widths, device
         )
         self.pieces = max(self.pieces_asked, self.state.micro_batches or 0)
+        # Of the pieces asked for: where memory ran out, smaller ones are as many at once.
+        tokens = math.ceil(share_of_batch / self.pieces_asked) * int(widths.max(initial=1))
+        at_once = min(self.pieces_asked, side_by_side(tokens, device))
+        evaluated_at_once = side_by_side(evaluation_tokens(device), device)
+        self.workers = Workers(1 if config.compile else at_once)
+        self.evaluating_workers = Workers(1 if config.compile else evaluated_at_once)
 
         record.parameters = count_parameters(self.model)
         with torch.device("meta"):

@@ -13,11 +13,11 @@ from functools import partial
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from lra import divergence, measure, ranks
+from lra.accumulate import accumulate
 from lra.checkpoint import State
 from lra.config import TrainConfig
 from lra.evaluate import evaluate
@@ -131,24 +131,18 @@ class Trainer(Session):
 
     def _accumulate(self, step: int) -> Tensor:
         """Adds up the gradients of a step's batch; nothing else is changed that is kept."""
-        seed = step_seed(self.config.seed, step)
-        torch.manual_seed(step_seed(self.config.seed, step, ranks.index()))
-        resample(self.model, torch.Generator().manual_seed(seed))
-        pieces = self.data["train"].training(
-            step, self.config.train.batch_size, self.pieces, self.config.seed
-        )
-        size = min(self.config.train.batch_size, len(self.data["train"]))
-        sums = self.sums.clone()
+        seed, batch_size, data = self.config.seed, self.config.train.batch_size, self.data["train"]
+        resample(self.model, torch.Generator().manual_seed(step_seed(seed, step)))
         self.model.train()
-        for piece in pieces:
-            self._heed_signal()
-            with self.autocast:
-                logits = self.model(piece.tokens, piece.key_mask).float()
-            loss = F.cross_entropy(logits, piece.labels, reduction="sum")
-            (loss / size).backward()
-            correct = (logits.detach().argmax(-1) == piece.labels).sum()
-            sums += torch.stack([loss.detach().double(), correct.double()])
-        return sums
+        return self.sums + accumulate(
+            self.model,
+            data.training(step, batch_size, self.pieces, seed),
+            min(batch_size, len(data)),
+            self.autocast,
+            self.workers,
+            step_seed(seed, step, ranks.index()),
+            self._heed_signal,
+        )
 
     def _more_pieces(self) -> bool:
         """Doubles the micro-batches of a batch, if they are not of one example already."""
@@ -249,7 +243,7 @@ class Trainer(Session):
         look_up = partial(self._look_up, "evaluate")
         data = self.data[split]
         data.evaluation_tokens = self.state.evaluation_tokens
-        result = evaluate(model, data, self.autocast, step, look_up)
+        result = evaluate(model, data, self.autocast, self.evaluating_workers, step, look_up)
         self.state.evaluation_tokens = data.evaluation_tokens
         self.clock.switch("other")
         return result

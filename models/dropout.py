@@ -1,5 +1,9 @@
 """Dropout whose draws cost little on CPU, where torch's Bernoulli takes 7 ns an element."""
 
+import contextlib
+import threading
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -9,18 +13,58 @@ LEVELS = 2**16
 """Uniform draws are 16-bit integers: p is rounded to a multiple of 1.5e-5."""
 
 
+class _Source(threading.local):
+    """Where this thread takes seeds from; None for torch's default generator."""
+
+    generator: torch.Generator | None = None
+
+
+_SOURCE = _Source()
+
+
+def new_seed() -> int:
+    """Returns a seed from the source of this thread: that of `seeded`, or torch's default."""
+    return int(torch.randint(2**62, (), generator=_SOURCE.generator))
+
+
+@contextlib.contextmanager
+def seeded(source: int | torch.Generator | None) -> Iterator[None]:
+    """Takes this thread's seeds from a generator, or from one with this seed.
+
+    Threads that draw from torch's default generator would change each other's draws.
+    """
+    if isinstance(source, int):
+        source = torch.Generator().manual_seed(source)
+    before, _SOURCE.generator = _SOURCE.generator, source
+    try:
+        yield
+    finally:
+        _SOURCE.generator = before
+
+
+def seeded_alike() -> tuple[contextlib.AbstractContextManager[None], ...]:
+    """Returns contexts for a computation from here on, and for its repetition with equal draws.
+
+    Those from torch's default generator are not its matter.
+    """
+    source = _SOURCE.generator
+    if source is None:
+        return contextlib.nullcontext(), contextlib.nullcontext()
+    return contextlib.nullcontext(), seeded(source.clone_state())
+
+
 class Draws:
     """Bernoulli(1 - p) draws from a seed: which entries dropout keeps.
 
     Args:
         p: Probability that an entry is dropped.
-        seed: Seed of the draws; None takes one from torch's default generator.
+        seed: Seed of the draws; None takes a new one.
     """
 
     def __init__(self, p: float, seed: int | None = None) -> None:
         dropped = round(p * LEVELS)
         self.p = p
-        self.seed = int(torch.randint(2**62, ())) if seed is None else seed
+        self.seed = new_seed() if seed is None else seed
         self.scale = LEVELS / (LEVELS - dropped)
         self._threshold = dropped - LEVELS // 2
         self._random = np.random.SFC64(self.seed)

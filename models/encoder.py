@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models.attention import build_attention
 from models.attention.base import Attention, Mechanism, Mixer
-from models.dropout import Dropout
+from models.dropout import Dropout, seeded_alike
 from models.linear import Linear
 from models.rotary import Rotary
 
@@ -227,7 +227,9 @@ class Encoder(nn.Module):
         x = self.dropout(x)
         for block in self.blocks:
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, key_mask, causal, use_reentrant=False)
+                x = checkpoint(
+                    block, x, key_mask, causal, use_reentrant=False, context_fn=seeded_alike
+                )
             else:
                 x = block(x, key_mask, causal)
         return self.norm(x)

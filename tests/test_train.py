@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from lra.batches import Batches
-from lra.build import autocast
 from lra.compose import load
 from lra.evaluate import evaluate
 from lra.measure import Clock
@@ -15,6 +14,7 @@ from lra.run import new_record
 from lra.schedules import beta1, learning_rate
 from lra.tasks.base import Prepared, Split
 from lra.train import Trainer, step_seed
+from lra.workers import Workers
 
 
 class NoStop:
@@ -149,10 +149,11 @@ def test_random_draws_depend_on_the_step_and_nothing_before_it(smoke, tmp_path):
 def test_evaluation_scores_every_example_whatever_the_batches(smoke, tmp_path, monkeypatch):
     trained = trainer(smoke(), tmp_path / "run")
     trained._step()
-    data, precision = trained.data["val"], autocast(torch.device("cpu"), "fp32")
-    score, predictions = evaluate(trained.model, data, precision, 1)
+    data = trained.data["val"]
+    arguments = (trained.model, data, trained.autocast, Workers(1), 1)
+    score, predictions = evaluate(*arguments)
     monkeypatch.setattr("lra.batches.CPU_TOKENS", 1)
-    one_by_one, same = evaluate(trained.model, data, precision, 1)
+    one_by_one, same = evaluate(*arguments)
     assert score.n == len(data) == 100
     assert (predictions == same).all()
     assert (predictions == data.labels.numpy()).mean() == score.accuracy

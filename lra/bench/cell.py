@@ -1,10 +1,10 @@
 """What one process measures: a cell, or the ceilings of the machine."""
 
+import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing.connection import Connection
@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from lra import measure
-from lra.batches import Batches, resolve_micro_batches
+from lra.accumulate import accumulate
+from lra.batches import Batches, MicroBatch, resolve_micro_batches, side_by_side
 from lra.bench import floor
 from lra.bench.limits import limit_own_memory
 from lra.bench.plan import model_of
@@ -26,6 +26,7 @@ from lra.cells import Cell, Decoding, Figures, Spread
 from lra.plugins import import_plugins
 from lra.tasks.base import Split
 from lra.text import shareable
+from lra.workers import Workers
 from models.decoder import Decoder, DecoderState
 from models.encoder import resample
 
@@ -111,7 +112,9 @@ def classifying(cell: Cell, device: torch.device, job: Job) -> Figures:
     split = examples(given.batch, cell.length, given.filled)
     data = Batches(split, device, precision=given.precision)
     pieces = resolve_micro_batches(given.micro_batches, given.batch, data.widths, device)
-    precision = autocast(device, given.precision)
+    tokens = math.ceil(given.batch / pieces) * int(data.widths.max())
+    workers = Workers(min(pieces, side_by_side(tokens, device)))
+    precision = partial(autocast, device, given.precision)
     settle(device, train)
     memory = measure.PeakMemory(device)
     torch.manual_seed(0)
@@ -120,30 +123,26 @@ def classifying(cell: Cell, device: torch.device, job: Job) -> Figures:
     model.to(device).train(train)
     steps = 0
 
-    def forward() -> Iterator[tuple[Tensor, Tensor]]:
-        for piece in data.training(steps, given.batch, pieces, seed=0):
-            with precision:
-                logits = model(piece.tokens, piece.key_mask).float()
-            yield logits, piece.labels
-
     def training() -> None:
         nonlocal steps
         resample(model, torch.Generator().manual_seed(steps))
-        for logits, labels in forward():
-            loss = F.cross_entropy(logits, labels, reduction="sum")
-            (loss / given.batch).backward()
+        batch = data.training(steps, given.batch, pieces, seed=0)
+        accumulate(model, batch, given.batch, precision, workers, steps)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         steps += 1
 
     def inference() -> None:
-        for logits, _ in forward():
-            logits.argmax(-1)
+        for _ in workers.map(predicted, data.training(0, given.batch, pieces, seed=0)):
+            pass
+
+    def predicted(piece: MicroBatch) -> Tensor:
+        with torch.no_grad(), precision():
+            return model(piece.tokens, piece.key_mask).float().argmax(-1)
 
     if train:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    with nullcontext() if train else torch.no_grad():
-        spread = repeated(training if train else inference, device, job)
+    spread = repeated(training if train else inference, device, job)
     element = 2 if given.precision == "bf16" else 4
     flops, moved = floor.classifier_floor(model, split.lengths.tolist(), train, element)
     return Figures(

@@ -3,11 +3,11 @@
     python tests/benchmarks/step_parts.py [--rounds 7] [--only cosformer] [--task listops]
 
 Steps of the `nystrom` models: real ListOps lengths, and Image with all positions filled. Parts are
-the operators' own time by kind, as torch's profiler has it; what is left of a step is Python and
-dispatch. The floor is the larger of the operations at the rate of a large matrix product and of
-the bytes at the rate of a large copy, both measured in the same run (`lra.bench.floor` says what
-is counted). Then real batches against the same batches padded to 2,000 positions, and evaluation
-by the size of its batches.
+the operators' own time by kind, as torch's profiler has it in one thread; what is left of a step is
+Python and dispatch. The floor is the larger of the operations at the rate of a large matrix product
+and of the bytes at the rate of a large copy, both measured in the same run (`lra.bench.floor` says
+what is counted). Then real batches against the same batches padded to 2,000 positions, and
+evaluation by the size of its batches.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from lra.bench.cell import ceilings
 from lra.bench.floor import classifier_floor
 from lra.compose import load
 from lra.tasks.base import Prepared, Split
+from lra.workers import Workers
 
 CPU = torch.device("cpu")
 NAMES = ("softmax", "cosformer", "rfa", "nystrom")
@@ -78,17 +79,28 @@ def floor_of(trainer, element):
     return classifier_floor(trainer.model, lengths.tolist(), True, element)
 
 
-def parts_of(step):
-    """Returns the seconds that a step's operators take by kind."""
+def parts_of(trainer):
+    """Returns the parts of the processor's time that a step's operators take by kind.
+
+    In one thread: the profiler sees no other, and computing side by side changes no operator.
+    """
+    threads, workers = torch.get_num_threads(), trainer.workers
+    torch.set_num_threads(max(1, threads // workers.count))
+    trainer.workers = Workers(1)
+    trainer._step()
+    start = time.perf_counter()
     with profile() as spent:
-        step()
+        trainer._step()
+    whole = time.perf_counter() - start
+    trainer.workers = workers
+    torch.set_num_threads(threads)
     found = dict.fromkeys([*PARTS, "elementwise"], 0.0)
     for event in spent.key_averages():
         name = event.key.removeprefix("aten::")
         kind = next(
             (part for part, starts in PARTS.items() if name.startswith(starts)), "elementwise"
         )
-        found[kind] += event.self_cpu_time_total / 1e6
+        found[kind] += event.self_cpu_time_total / 1e6 / whole
     return found
 
 
@@ -101,10 +113,8 @@ def picture(title, trainer, rates, rounds, element):
     flops, moved = floor_of(trainer, element)
     by_product, by_copy = flops / rates["flops_per_second"], moved / rates["bytes_per_second"]
     bound = max(by_product, by_copy)
-    parts = parts_of(trainer._step)
-    known = ", ".join(
-        f"{part} {100 * spent / whole:.0f} %" for part, spent in parts.items() if spent
-    )
+    parts = parts_of(trainer)
+    known = ", ".join(f"{part} {100 * spent:.0f} %" for part, spent in parts.items() if spent)
     print(
         f"  {title:<20} {whole:7.3f} s; floor {bound:.3f} s ({100 * bound / whole:.0f} %: "
         f"{'products' if by_product > by_copy else 'copies'}); "

@@ -50,8 +50,8 @@ def biased_attention(
         scale: Factor c of the products; None: 1 / sqrt(D).
 
     Returns:
-        (B, H, N, E). A query without any admissible key gives 0. The draw depends on torch's
-        default generator alone.
+        (B, H, N, E). A query without any admissible key gives 0. The draw depends on this
+        thread's source of seeds alone.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if q.device.type != "cpu":

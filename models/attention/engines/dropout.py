@@ -41,7 +41,7 @@ def softmax_dropout_attention(
         causal: Query i sees keys j <= i only; with a mask that is the same for all queries.
 
     Returns:
-        (B, H, N, E). The draw depends on torch's default generator alone.
+        (B, H, N, E). The draw depends on this thread's source of seeds alone.
     """
     bias = None
     if mask is not None:

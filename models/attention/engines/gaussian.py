@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from models.attention.base import at_least_float32
-from models.dropout import DeviceDraws, Draws, draws_on
+from models.dropout import DeviceDraws, Draws, draws_on, new_seed
 
 
 class Tile(NamedTuple):
@@ -55,10 +55,10 @@ def gaussian_sums(
         dropout: Probability that a weight is dropped.
 
     Returns:
-        (B, H, N, E), in the type of ``v``. The draw depends on torch's default generator alone.
+        (B, H, N, E), in the type of ``v``. The draw depends on this thread's source of seeds alone.
     """
     masked = None if key_mask is None else ~key_mask.repeat_interleave(q.shape[1], 0)
-    seed = int(torch.randint(2**62, ())) if dropout else 0
+    seed = new_seed() if dropout else 0
     with torch.autocast(q.device.type, enabled=False):
         return _GaussianSums.apply(q, k, v, masked, causal, dropout, seed)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from models.dropout import draws_on
+from models.dropout import draws_on, new_seed
 
 
 def sorted_chunk_attention(
@@ -43,13 +43,13 @@ def sorted_chunk_attention(
         dropout: Probability that a weight is dropped, in each round by itself.
 
     Returns:
-        (B, H, N, E), 0 for masked tokens. Dropout's draw depends on torch's default generator
+        (B, H, N, E), 0 for masked tokens. Dropout's draw depends on this thread's source of seeds
         alone.
     """
     batch, heads, n, _ = q.shape
     # As projections of a layer lie in memory, so that little is copied.
     rows = (x.transpose(1, 2).reshape(-1, x.shape[-1]) for x in (q, k, v))
-    seed = int(torch.randint(2**62, ())) if dropout else 0
+    seed = new_seed() if dropout else 0
     with torch.no_grad():
         layout = _layout(labels, num_labels, key_mask, chunk, q.dtype)
     with torch.autocast(q.device.type, enabled=False):
