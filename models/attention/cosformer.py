@@ -14,7 +14,7 @@ softmax similarity has no linear form and is quadratic.
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -154,4 +154,24 @@ def _angles(x: Tensor, horizon: Tensor, start: int) -> Tensor:
 def _reweighted(x: Tensor, angles: Tensor) -> Tensor:
     """Returns the cosine and sine features (B, H, N, 2 D) of ``x`` for angles (B, N)."""
     angles = angles[:, None, :, None]
-    return torch.cat([x * angles.cos(), x * angles.sin()], dim=-1)
+    return _Reweighted.apply(x, angles.cos(), angles.sin())
+
+
+class _Reweighted(torch.autograd.Function):
+    """[x c, x s] for factors (B, 1, N, 1), written and read in place of being put together."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, c: Tensor, s: Tensor) -> Tensor:
+        ctx.save_for_backward(x, c, s)
+        d = x.shape[-1]
+        features = x.new_empty(*x.shape[:-1], 2 * d)
+        torch.mul(x, c, out=features[..., :d])
+        torch.mul(x, s, out=features[..., d:])
+        return features
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        x, c, s = ctx.saved_tensors
+        d = x.shape[-1]
+        out = torch.mul(gradient[..., :d], c, out=torch.empty_like(x))
+        return out.addcmul_(gradient[..., d:], s), None, None

@@ -26,7 +26,7 @@ def guard(denominator: Tensor, signed: bool) -> Tensor:
 
 
 def normalised(sums: Tensor, signed: bool) -> Tensor:
-    """Divides all columns of ``sums`` (..., E + 1) but the last by the last, guarded."""
+    """Divides all columns of ``sums`` (B, H, N, E + 1) but the last by the last, guarded."""
     return _Normalised.apply(sums, signed)
 
 
@@ -38,7 +38,10 @@ class _Normalised(torch.autograd.Function):
         denominator = sums[..., -1:]
         # One reciprocal a row and products: half the time of a division.
         factor = guard(denominator, signed).reciprocal()
-        out = sums[..., :-1] * factor
+        # As the output projection reads it: positions outside, heads inside.
+        batch, heads, n, _ = sums.shape
+        out = sums.new_empty(batch, n, heads, sums.shape[-1] - 1).transpose(1, 2)
+        torch.mul(sums[..., :-1], factor, out=out)
         ctx.save_for_backward(out, factor, (denominator.abs() if signed else denominator) >= EPS)
         return out
 
@@ -84,7 +87,26 @@ def bidirectional_sums(fq: Tensor, fk: Tensor, rows: Tensor) -> Tensor:
     Returns:
         (B, H, N, E).
     """
-    return fq @ (fk.transpose(-2, -1) @ rows)
+    return _BidirectionalSums.apply(fq, fk, rows)
+
+
+class _BidirectionalSums(torch.autograd.Function):
+    """``bidirectional_sums``, with gradients that lie in memory as their inputs do.
+
+    A transposed one costs the operator that is next in the backward pass six times its time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, fq: Tensor, fk: Tensor, rows: Tensor) -> Tensor:
+        sums = fk.mT @ rows
+        ctx.save_for_backward(fq, fk, rows, sums)
+        return fq @ sums
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        fq, fk, rows, sums = ctx.saved_tensors
+        of_sums = fq.mT @ gradient
+        return gradient @ sums.mT, rows @ of_sums.mT, fk @ of_sums
 
 
 def causal_sums(fq: Tensor, fk: Tensor, rows: Tensor, log_decay: Tensor | None = None) -> Tensor:
