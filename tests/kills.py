@@ -27,7 +27,8 @@ from random import Random
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: a process with threads is not to be forked
 
-import torch._dynamo  # noqa: F401  (every optimiser imports it, for longer than the run takes)
+import torch
+import torch._dynamo  # every optimiser imports it, for longer than the run takes
 from processes import often_saved
 from test_run import assert_same_end
 
@@ -212,6 +213,7 @@ def train(settings, pipe):
 
         return call
 
+    torch.set_num_threads(2)  # micro-batches side by side, as outside of tests
     Trainer._step = telling("training", Trainer._step)
     Trainer._evaluate = telling("evaluation", Trainer._evaluate)
     checkpoint.save = telling("checkpoint writing", checkpoint.save)

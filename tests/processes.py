@@ -22,7 +22,7 @@ def often_saved(steps):
         "train.eval_every=5",
         "checkpoint_seconds=0",
         "keep_checkpoint=true",
-        "micro_batches=1",
+        "micro_batches=2",
         "tracker=none",
         "device=cpu",
     ]

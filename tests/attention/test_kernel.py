@@ -80,6 +80,24 @@ def test_bidirectional_sums_are_the_double_sum(n, s):
     assert_near(bidirectional_sums(fq, fk, rows), expected, EXACT)
 
 
+def test_gradients_of_bidirectional_sums_lie_in_memory_as_their_inputs_do():
+    """Transposed ones make what comes next in the backward pass slow."""
+    inputs = [torch.randn(2, 3, 7, width, requires_grad=True) for width in (4, 4, 5)]
+    sums = bidirectional_sums(*inputs)
+    given = torch.randn_like(sums)
+    gradients = torch.autograd.grad(sums, inputs, given)
+    fq, fk, rows = inputs
+    expected = torch.autograd.grad(fq @ (fk.mT @ rows), inputs, given)
+    for gradient, formula, x in zip(gradients, expected, inputs, strict=True):
+        torch.testing.assert_close(gradient, formula)
+        assert gradient.stride() == x.stride()
+
+
+def test_normalised_rows_lie_in_memory_as_the_output_projection_reads_them():
+    out = normalised(torch.rand(2, 3, 7, 5), signed=False)
+    assert out.transpose(1, 2).is_contiguous()
+
+
 def test_a_column_of_ones_makes_the_denominator_and_a_weight_counts_in_both():
     fq, fk, rows = (x.abs() for x in features(4, 7))
     weight = torch.linspace(0, 3, 7, dtype=torch.float64).expand(BATCH, 1, -1)
