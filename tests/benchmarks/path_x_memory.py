@@ -3,8 +3,8 @@
     python tests/benchmarks/path_x_memory.py [--only softmax,cosformer]
 
 The `nystrom` model with 8 examples of 16,384 positions, all filled, without attention dropout: one
-after the other, as `lra train` runs a batch of any size on CPU, and all at once. Each is measured
-in a process of its own, as the peak of its resident set above what it held before the model.
+in a micro-batch, as many side by side as `lra train` has it, and all at once. Each is measured in a
+process of its own, as the peak of its resident set above what it held before the model.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def examples(count):
 
 
 def measured(overrides):
-    """Returns seconds and peak bytes of a step."""
+    """Returns seconds and peak bytes of a step, and how many micro-batches were side by side."""
     fixed = ("task=pathx", "model.attention_dropout=0", f"train.batch_size={BATCH}")
     step = harness_step(examples(BATCH), *fixed, *overrides)
     trainer = step.__self__
@@ -38,7 +38,7 @@ def measured(overrides):
         start = time.perf_counter()
         step()
         taken.append(time.perf_counter() - start)
-    return taken[-1], trainer.memory.read()
+    return taken[-1], trainer.memory.read(), trainer.workers.count
 
 
 def main():
@@ -52,9 +52,9 @@ def main():
                 for checkpointing in ("false", "true"):
                     chosen = [f"attention={name}", f"micro_batches={pieces}"]
                     chosen += [f"activation_checkpointing={checkpointing}"]
-                    seconds, peak = pool.apply(measured, (chosen,))
+                    seconds, peak, beside = pool.apply(measured, (chosen,))
                     print(
-                        f"  {name:<10} {BATCH // pieces} at once, checkpointing "
+                        f"  {name:<10} {beside * BATCH // pieces} at once, checkpointing "
                         f"{checkpointing:<5} {seconds:7.1f} s  {peak / 1e9:6.2f} GB",
                         flush=True,
                     )
