@@ -1,7 +1,7 @@
 """The gradient of a batch, from its micro-batches."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ def accumulate(
     """Gives a model's parameters the gradients of the loss that is summed over micro-batches.
 
     They are added up in the order of the micro-batches, and dropout depends on ``seed`` and that
-    order alone: the number of workers changes nothing but the threads of an operator.
+    order alone: how many workers compute at once changes nothing.
 
     Args:
         model: The model, whose parameters have no gradients yet.
@@ -37,7 +37,7 @@ def accumulate(
         autocast: Makes the context to compute in.
         workers: Who computes.
         seed: Seed of what is drawn.
-        check: Called before every micro-batch; may raise to stop.
+        check: Called before every micro-batch, in the thread that computes it; may raise to stop.
 
     Returns:
         The sums of losses and right answers (2,), in float64.
@@ -47,7 +47,8 @@ def accumulate(
     seeds = torch.randint(2**62, (len(pieces),), generator=generator).tolist()
 
     def work(piece: MicroBatch, seed: int) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        if workers.count == 1:  # for whatever draws from torch's own generators
+        check()
+        if workers.at_once == 1:  # for whatever draws from torch's own generators
             torch.manual_seed(seed)
         with seeded(seed):
             with autocast():
@@ -57,16 +58,11 @@ def accumulate(
         correct = (logits.detach().argmax(-1) == piece.labels).sum()
         return torch.stack([loss.detach().double(), correct.double()]), gradients
 
-    def checked() -> Iterator[MicroBatch]:
-        for piece in pieces:
-            check()
-            yield piece
-
     before = torch.get_rng_state()
     device = parameters[0].device
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     totals: list[Any] = [None] * len(parameters)
-    for told, gradients in workers.map(work, checked(), seeds):
+    for told, gradients in workers.map(work, pieces, seeds):
         sums += told
         for i, gradient in enumerate(gradients):
             if gradient is None:
@@ -75,7 +71,8 @@ def accumulate(
                 totals[i] = torch.empty_like(parameters[i]).copy_(gradient)
             else:
                 totals[i] += gradient
-    if workers.count > 1 and not torch.equal(before, torch.get_rng_state()):
+        del gradients, gradient  # before the next are there
+    if workers.at_once > 1 and not torch.equal(before, torch.get_rng_state()):
         LOG.info(
             "The model draws from torch's default generator, which threads would take turns with: "
             "micro-batches are computed one after the other."

@@ -145,6 +145,11 @@ class Batches:
             yield self.gather(order[:count])
             order = order[count:]
 
+    def evaluated_at_once(self) -> int:
+        """Returns how many evaluation batches are computed side by side, at most."""
+        widest = int(self.widths.max(initial=1))
+        return side_by_side(max(evaluation_tokens(self._device), widest), self._device)
+
     def shrink(self) -> bool:
         """Halves the tokens of an evaluation batch; returns False if the largest is one example."""
         budget = self.evaluation_tokens or evaluation_tokens(self._device)

@@ -92,4 +92,7 @@ def count_parameters(model: nn.Module) -> int:
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Returns the context that computes in ``precision``, fp32 or bf16."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    # All threads share the cache of weights, and one that leaves the context empties it.
+    cached = device.type != "cpu"
+    enabled = precision == "bf16"
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=cached)

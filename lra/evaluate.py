@@ -35,7 +35,7 @@ def evaluate(
         autocast: Makes the context to compute in.
         workers: Who computes.
         step: The optimiser step to write into the score.
-        check: Called before every batch; may raise to stop.
+        check: Called in this thread before a batch is given to a worker; may raise to stop.
 
     Returns:
         The score, and the predicted classes in the split's order.
@@ -62,11 +62,16 @@ def _predicted(
         try:
             return _predict(model, data, autocast, workers, check)
         except Exception as error:
-            if not (measure.out_of_memory(error) and data.shrink()):
+            if not measure.out_of_memory(error):
+                raise
+            reduced = workers.reduce()
+            if not reduced and not data.shrink():
                 raise
         torch.cuda.empty_cache()  # not before the error and what it holds is gone
-        told = "Out of memory: it is evaluated again, in batches of %d tokens, as are the others"
-        LOG.warning(told, data.evaluation_tokens)
+        how = "one batch at a time"
+        if not reduced:
+            how = f"in batches of {data.evaluation_tokens} tokens"
+        LOG.warning("Out of memory: it is evaluated again, %s, as are the others", how)
 
 
 def _predict(

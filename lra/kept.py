@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from lra import checkpoint, measure, record
-from lra.batches import Batches, evaluation_tokens, side_by_side
+from lra.batches import Batches
 from lra.build import autocast, build_model
 from lra.config import RunConfig
 from lra.evaluate import evaluate
@@ -100,7 +100,7 @@ def evaluate_again(folder: Path) -> tuple[Record, Score]:
     precision = kept.record.precision["name"]
     data = Batches(kept.prepared.splits["test"], kept.device, precision=precision)
     data.evaluation_tokens = kept.evaluation_tokens
-    workers = Workers(side_by_side(evaluation_tokens(kept.device), kept.device))
+    workers = Workers(data.evaluated_at_once())
     computed = partial(autocast, kept.device, precision)
     score, _ = evaluate(kept.model, data, computed, workers, kept.step)
     return kept.record, score

@@ -109,9 +109,11 @@ class Session:
         # Of the pieces asked for: where memory ran out, smaller ones are as many at once.
         tokens = math.ceil(share_of_batch / self.pieces_asked) * int(widths.max(initial=1))
         at_once = min(self.pieces_asked, side_by_side(tokens, device))
-        evaluated_at_once = side_by_side(evaluation_tokens(device), device)
         self.workers = Workers(1 if config.compile else at_once)
-        self.evaluating_workers = Workers(1 if config.compile else evaluated_at_once)
+        self.evaluating = {
+            name: Workers(1 if config.compile else data.evaluated_at_once())
+            for name, data in self.data.items()
+        }
 
         record.parameters = count_parameters(self.model)
         with torch.device("meta"):

@@ -125,7 +125,7 @@ class Trainer(Session):
                 return self._accumulate(step)
             except Exception as error:
                 self.optimizer.zero_grad(set_to_none=True)
-                if not (measure.out_of_memory(error) and self._more_pieces()):
+                if not (measure.out_of_memory(error) and (self._reduced() or self._more_pieces())):
                     raise
             torch.cuda.empty_cache()  # not before the error and what it holds is gone
 
@@ -143,6 +143,15 @@ class Trainer(Session):
             step_seed(seed, step, ranks.index()),
             self._heed_signal,
         )
+
+    def _reduced(self) -> bool:
+        """Computes micro-batches one after the other from now on, if some were side by side."""
+        reduced = self.workers.reduce()
+        if reduced:
+            told = "Out of memory in step %d: it is taken again, one micro-batch at a time, as are "
+            told += "the others"
+            LOG.warning(told, self.state.step + 1)
+        return reduced
 
     def _more_pieces(self) -> bool:
         """Doubles the micro-batches of a batch, if they are not of one example already."""
@@ -243,7 +252,7 @@ class Trainer(Session):
         look_up = partial(self._look_up, "evaluate")
         data = self.data[split]
         data.evaluation_tokens = self.state.evaluation_tokens
-        result = evaluate(model, data, self.autocast, self.evaluating_workers, step, look_up)
+        result = evaluate(model, data, self.autocast, self.evaluating[split], step, look_up)
         self.state.evaluation_tokens = data.evaluation_tokens
         self.clock.switch("other")
         return result

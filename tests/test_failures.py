@@ -321,7 +321,7 @@ def test_an_evaluation_that_runs_out_of_memory_scores_every_example_once(
 ):
     trained = trainer(smoke(), tmp_path / "run")
     data = trained.data["val"]
-    arguments = (trained.model, data, trained.autocast, trained.evaluating_workers, 0)
+    arguments = (trained.model, data, trained.autocast, trained.evaluating["val"], 0)
     score, predictions = evaluate(*arguments)
     monkeypatch.setattr(Classifier, "forward", exhausted(4 * LONGEST))
     again, same = evaluate(*arguments)

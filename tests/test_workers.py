@@ -15,7 +15,7 @@ from lra.batches import Batches, side_by_side
 from lra.compose import load
 from lra.evaluate import evaluate
 from lra.run import run
-from lra.train import Trainer
+from lra.train import Stopped, Trainer
 from lra.workers import Workers
 from models.classifier import Classifier
 
@@ -54,7 +54,7 @@ def test_steps_are_bit_by_bit_those_of_one_thread(smoke, tmp_path, two_threads, 
     for _ in range(3):
         beside._step()
         alone._step()
-    assert beside.workers.count == 2
+    assert beside.workers.at_once == 2
     assert torch.equal(weights(beside), weights(alone))
     assert torch.equal(beside.sums, alone.sums)
     for one, other in zip(*(t._evaluate(t.model, "val", 3) for t in (beside, alone)), strict=True):
@@ -95,7 +95,7 @@ def test_what_draws_from_torch_s_default_generator_goes_one_after_the_other(
         made._step()
         torch.rand(1)
         made._step()
-        assert made.workers.count == 1
+        assert made.workers.at_once == 1
     assert torch.equal(weights(first), weights(second))
     assert caplog.text.count("micro-batches are computed one after the other") == 2
 
@@ -134,13 +134,24 @@ def test_an_error_is_raised_when_no_thread_computes_any_more(two_threads):
 
 def test_each_worker_has_its_share_of_torch_s_threads(two_threads):
     """Torch's own setting stays what it is in the thread that asks."""
+
+    def threads(_):
+        torch.ones(10**6).exp()
+        return torch.get_num_threads()
+
     workers = Workers(2)
-    assert set(workers.map(lambda _: torch.get_num_threads(), range(4))) == {1}
+    assert set(workers.map(threads, range(4))) == {1}
+    assert torch.get_num_threads() == 2
     torch.set_num_threads(2)
-    torch.ones(10**6).exp()
-    assert set(workers.map(lambda _: (torch.ones(9).exp(), torch.get_num_threads())[1], [0])) == {1}
+    assert set(workers.map(threads, range(4))) == {1}
     assert Workers(1).count == 1
     assert Workers(0).count == 1
+
+
+@pytest.mark.parametrize(("threads", "most", "count"), [(6, 4, 3), (8, 4, 4), (5, 8, 5), (3, 2, 1)])
+def test_shares_are_equal_and_leave_few_threads_without_work(two_threads, threads, most, count):
+    torch.set_num_threads(threads)
+    assert Workers(most).count == count
 
 
 def test_micro_batches_share_a_bounded_number_of_tokens():
@@ -150,24 +161,72 @@ def test_micro_batches_share_a_bounded_number_of_tokens():
     assert side_by_side(8192, torch.device("cuda")) == 1
 
 
-def test_a_signal_is_heeded_between_micro_batches(smoke, tmp_path, two_threads):
-    made = trainer(smoke("micro_batches=8"), tmp_path / "run")
-    before = weights(made)
-    made.stop.signal = "SIGTERM"
-    with pytest.raises(Exception, match="SIGTERM received"):
-        made._step()
+def test_a_signal_is_heeded_between_micro_batches(smoke, tmp_path, monkeypatch, two_threads):
+    made = trainer(smoke("micro_batches=4"), tmp_path / "run")
+    before, forward, calls = weights(made), Classifier.forward, []
+
+    def signalled(*inputs):
+        calls.append(inputs)
+        made.stop.signal = "SIGTERM"
+        return forward(*inputs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Classifier, "forward", signalled)
+        with pytest.raises(Stopped, match="SIGTERM received"):
+            made._step()
+    assert len(calls) <= 2
     assert torch.equal(weights(made), before)
     made.stop.signal = None
     made._step()
     assert not torch.equal(weights(made), before)
 
 
+def one_at_a_time(forward):
+    """Returns a forward pass for one of which memory suffices."""
+    computing = threading.Semaphore(1)
+
+    def limited(*inputs):
+        if not computing.acquire(blocking=False):
+            raise MemoryError
+        try:
+            time.sleep(0.01)
+            return forward(*inputs)
+        finally:
+            computing.release()
+
+    return limited
+
+
+def test_where_memory_is_for_one_micro_batch_they_are_no_longer_side_by_side(
+    smoke, tmp_path, monkeypatch, two_threads, caplog
+):
+    """And the numbers stay the same, and the micro-batches what they were."""
+    short, enough = (trainer(smoke(), tmp_path / name) for name in ("short", "enough"))
+    short.state.evaluation_tokens = enough.state.evaluation_tokens = 512
+    with monkeypatch.context() as patch:
+        patch.setattr(Classifier, "forward", one_at_a_time(Classifier.forward))
+        for _ in range(2):
+            short._step()
+        score, predictions = short._evaluate(short.model, "val", 2)
+    assert caplog.text.count("one micro-batch at a time") == 1
+    assert caplog.text.count("one batch at a time") == 1
+    for _ in range(2):
+        enough._step()
+    assert short.pieces == enough.pieces
+    assert torch.equal(weights(short), weights(enough))
+    assert torch.equal(short.sums, enough.sums)
+    same, alike = enough._evaluate(enough.model, "val", 2)
+    assert score == same
+    assert np.array_equal(predictions, alike)
+
+
 def test_an_evaluation_side_by_side_scores_every_example_once(smoke, tmp_path, two_threads):
     made = trainer(smoke(), tmp_path / "run")
-    assert made.evaluating_workers.count == 2
+    workers = made.evaluating["val"]
+    assert workers.count == 2
     data: Batches = made.data["val"]
     data.evaluation_tokens = 256
-    score, predictions = evaluate(made.model, data, made.autocast, made.evaluating_workers, 0)
+    score, predictions = evaluate(made.model, data, made.autocast, workers, 0)
     alone, same = evaluate(made.model, data, made.autocast, Workers(1), 0)
     assert np.array_equal(predictions, same)
     assert score.loss == pytest.approx(alone.loss, rel=1e-6)

@@ -109,6 +109,8 @@ class Context(NamedTuple):
 class Mechanism(nn.Module, abc.ABC):
     """What attentions and mixers have in common: options, capabilities, sizes, draws and cost.
 
+    On CPU, threads call one module side by side: computing leaves it as it was.
+
     Args:
         config: The mechanism's options.
         num_heads: Number of heads H.

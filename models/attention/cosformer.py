@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from models.attention import register_attention
 from models.attention.base import (
@@ -154,6 +155,8 @@ def _angles(x: Tensor, horizon: Tensor, start: int) -> Tensor:
 def _reweighted(x: Tensor, angles: Tensor) -> Tensor:
     """Returns the cosine and sine features (B, H, N, 2 D) of ``x`` for angles (B, N)."""
     angles = angles[:, None, :, None]
+    if torch.compiler.is_compiling():  # which ends graphs where slices are written into
+        return torch.cat([x * angles.cos(), x * angles.sin()], dim=-1)
     return _Reweighted.apply(x, angles.cos(), angles.sin())
 
 
@@ -170,6 +173,7 @@ class _Reweighted(torch.autograd.Function):
         return features
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         x, c, s = ctx.saved_tensors
         d = x.shape[-1]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 EPS = 1e-6
 
@@ -39,13 +40,17 @@ class _Normalised(torch.autograd.Function):
         # One reciprocal a row and products: half the time of a division.
         factor = guard(denominator, signed).reciprocal()
         # As the output projection reads it: positions outside, heads inside.
-        batch, heads, n, _ = sums.shape
-        out = sums.new_empty(batch, n, heads, sums.shape[-1] - 1).transpose(1, 2)
-        torch.mul(sums[..., :-1], factor, out=out)
+        if torch.compiler.is_compiling():  # which orders memory itself, and ends graphs at ``out``
+            out = sums[..., :-1] * factor
+        else:
+            batch, heads, n, columns = sums.shape
+            out = sums.new_empty(batch, n, heads, columns - 1).transpose(1, 2)
+            torch.mul(sums[..., :-1], factor, out=out)
         ctx.save_for_backward(out, factor, (denominator.abs() if signed else denominator) >= EPS)
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         out, factor, free = ctx.saved_tensors
         whole = gradient.new_empty(*gradient.shape[:-1], gradient.shape[-1] + 1)
@@ -103,6 +108,7 @@ class _BidirectionalSums(torch.autograd.Function):
         return fq @ sums
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         fq, fk, rows, sums = ctx.saved_tensors
         of_sums = fq.mT @ gradient
