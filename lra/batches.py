@@ -145,15 +145,25 @@ class Batches:
             yield self.gather(order[:count])
             order = order[count:]
 
+    def trained_at_once(self, batch_size: int, pieces: int) -> int:
+        """Returns how many of a batch's micro-batches are computed side by side, at most."""
+        return min(pieces, self._at_once(math.ceil(batch_size / pieces) * self._widest))
+
     def evaluated_at_once(self) -> int:
         """Returns how many evaluation batches are computed side by side, at most."""
-        widest = int(self.widths.max(initial=1))
-        return side_by_side(max(evaluation_tokens(self._device), widest), self._device)
+        return self._at_once(max(evaluation_tokens(self._device), self._widest))
+
+    def _at_once(self, tokens: int) -> int:
+        return max(1, CPU_TOKENS_AT_ONCE // tokens) if self._device.type == "cpu" else 1
+
+    @property
+    def _widest(self) -> int:
+        return int(self.widths.max(initial=1))
 
     def shrink(self) -> bool:
         """Halves the tokens of an evaluation batch; returns False if the largest is one example."""
         budget = self.evaluation_tokens or evaluation_tokens(self._device)
-        if budget <= int(self.widths.max(initial=1)):
+        if budget <= self._widest:
             return False
         self.evaluation_tokens = budget // 2
         return True
@@ -183,10 +193,3 @@ def resolve_micro_batches(
     if widths.size and widths.min() < widths.max():
         pieces = max(pieces, CPU_PIECES)
     return min(batch_size, pieces)
-
-
-def side_by_side(tokens: int, device: torch.device) -> int:
-    """Returns how many micro-batches of so many padded tokens are computed at once, at most."""
-    if device.type != "cpu":
-        return 1
-    return max(1, CPU_TOKENS_AT_ONCE // max(1, tokens))

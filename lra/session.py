@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 
 from lra import checkpoint, divergence, measure, ranks
-from lra.batches import Batches, evaluation_tokens, resolve_micro_batches, side_by_side
+from lra.batches import Batches, evaluation_tokens, resolve_micro_batches
 from lra.build import autocast, build_model, compiled, count_parameters
 from lra.checkpoint import Metrics, State, Timed
 from lra.config import RunConfig
@@ -107,12 +107,12 @@ class Session:
         )
         self.pieces = max(self.pieces_asked, self.state.micro_batches or 0)
         # Of the pieces asked for: where memory ran out, smaller ones are as many at once.
-        tokens = math.ceil(share_of_batch / self.pieces_asked) * int(widths.max(initial=1))
-        at_once = min(self.pieces_asked, side_by_side(tokens, device))
+        at_once = self.data["train"].trained_at_once(share_of_batch, self.pieces_asked)
         self.workers = Workers(1 if config.compile else at_once)
         self.evaluating = {
             name: Workers(1 if config.compile else data.evaluated_at_once())
             for name, data in self.data.items()
+            if name != "train"
         }
 
         record.parameters = count_parameters(self.model)

@@ -148,8 +148,7 @@ class Trainer(Session):
         """Computes micro-batches one after the other from now on, if some were side by side."""
         reduced = self.workers.reduce()
         if reduced:
-            told = "Out of memory in step %d: it is taken again, one micro-batch at a time, as are "
-            told += "the others"
+            told = "Out of memory in step %d: it is taken again, its micro-batches in turn"
             LOG.warning(told, self.state.step + 1)
         return reduced
 

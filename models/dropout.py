@@ -28,7 +28,7 @@ def new_seed() -> int:
 
 
 @contextlib.contextmanager
-def seeded(source: int | torch.Generator | None) -> Iterator[None]:
+def seeded(source: int | torch.Generator) -> Iterator[None]:
     """Takes this thread's seeds from a generator, or from one with this seed.
 
     Threads that draw from torch's default generator would change each other's draws.

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from test_run import assert_same_end, folder_of
 from test_train import trainer, weights
 
-from lra.batches import Batches, side_by_side
+from lra.batches import Batches
 from lra.compose import load
 from lra.evaluate import evaluate
 from lra.run import run
+from lra.tasks.base import Split
 from lra.train import Stopped, Trainer
 from lra.workers import Workers
 from models.classifier import Classifier
@@ -154,11 +155,18 @@ def test_shares_are_equal_and_leave_few_threads_without_work(two_threads, thread
     assert Workers(most).count == count
 
 
-def test_micro_batches_share_a_bounded_number_of_tokens():
-    assert side_by_side(8192, CPU) == 4
-    assert side_by_side(2**15, CPU) == 1
-    assert side_by_side(10**6, CPU) == 1
-    assert side_by_side(8192, torch.device("cuda")) == 1
+@pytest.mark.parametrize(
+    ("longest", "pieces", "trained", "evaluated"),
+    [(2000, 8, 4, 4), (2000, 2, 1, 4), (200, 4, 4, 4), (16_384, 32, 2, 2), (10**6, 32, 1, 1)],
+)
+def test_micro_batches_side_by_side_have_a_bounded_number_of_tokens(
+    longest, pieces, trained, evaluated
+):
+    tokens, labels = np.ones(longest + 5, np.uint8), np.zeros(2, np.uint8)
+    split = Split.of(tokens, np.array([0, longest, longest + 5]), labels)
+    data = Batches(split, CPU)
+    assert data.trained_at_once(32, pieces) == trained
+    assert data.evaluated_at_once() == evaluated
 
 
 def test_a_signal_is_heeded_between_micro_batches(smoke, tmp_path, monkeypatch, two_threads):
@@ -208,7 +216,7 @@ def test_where_memory_is_for_one_micro_batch_they_are_no_longer_side_by_side(
         for _ in range(2):
             short._step()
         score, predictions = short._evaluate(short.model, "val", 2)
-    assert caplog.text.count("one micro-batch at a time") == 1
+    assert caplog.text.count("its micro-batches in turn") == 1
     assert caplog.text.count("one batch at a time") == 1
     for _ in range(2):
         enough._step()

@@ -1,6 +1,5 @@
 """What one process measures: a cell, or the ceilings of the machine."""
 
-import math
 import os
 import sys
 import time
@@ -17,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from lra import measure
 from lra.accumulate import accumulate
-from lra.batches import Batches, MicroBatch, resolve_micro_batches, side_by_side
+from lra.batches import Batches, MicroBatch, resolve_micro_batches
 from lra.bench import floor
 from lra.bench.limits import limit_own_memory
 from lra.bench.plan import model_of
@@ -112,8 +111,7 @@ def classifying(cell: Cell, device: torch.device, job: Job) -> Figures:
     split = examples(given.batch, cell.length, given.filled)
     data = Batches(split, device, precision=given.precision)
     pieces = resolve_micro_batches(given.micro_batches, given.batch, data.widths, device)
-    tokens = math.ceil(given.batch / pieces) * int(data.widths.max())
-    workers = Workers(min(pieces, side_by_side(tokens, device)))
+    workers = Workers(data.trained_at_once(given.batch, pieces))
     precision = partial(autocast, device, given.precision)
     settle(device, train)
     memory = measure.PeakMemory(device)
